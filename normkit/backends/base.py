@@ -1,0 +1,81 @@
+"""What a backend is: three operations on contiguous arrays and six integers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+from normkit.axes import Axes
+
+Array = Any  # NumPy, CuPy or a third party's: typed by what it can do, not by what it is
+
+
+class Stats(NamedTuple):
+    """Statistics of the groups, each a (groups,) array of float32 or wider."""
+
+    mean: Array
+    rstd: Array  #: 1 / sqrt(var + eps)
+    var: Array | None = None  #: biased variance; absent where statistics were given
+    residual: Array | None = None  #: what rounding `mean` left out, where the backend keeps it
+
+
+class Backend(ABC):
+    """Where the arithmetic happens.
+
+    Arrays come checked, C-contiguous in memory order and in native byte order; their shapes say
+    nothing that `axes` does not. `x`, `y` and `dx` have one dtype, `dy` has that or its arithmetic
+    type (float32 for the half types); `gamma` and `beta` are (params,) arrays of any supported
+    dtype, or None. `y` may be `x` itself.
+    """
+
+    name: ClassVar[str]  #: what `use_backend` takes
+    arrays: ClassVar[tuple[str, ...]]  #: top-level modules of the array types it serves
+
+    @abstractmethod
+    def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
+        """Mean and rstd of every group; about 0 instead of the mean if not `center` (RMS)."""
+
+    @abstractmethod
+    def normalize(
+        self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
+    ) -> None:
+        """Write ``y = gamma * (x - mean) * rstd + beta``."""
+
+    @abstractmethod
+    def gradients(
+        self,
+        dy: Array,
+        x: Array,
+        axes: Axes,
+        stats: Stats,
+        gamma: Array | None,
+        dx: Array,
+        *,
+        center: bool,
+        frozen: bool,
+        affine: bool,
+    ) -> tuple[Array, Array] | None:
+        """Write dx, return (dgamma, dbeta) as (params,) arrays in float32 or wider.
+
+        With ``g = gamma*dy`` and ``xhat = (x - mean)*rstd``::
+
+            dx = rstd * (g - mean(g) - xhat*mean(g*xhat))       # no mean(g) if not `center`
+            dx = rstd * g                                       # if `frozen`: statistics were given
+            dgamma = sum(dy*xhat), dbeta = sum(dy)              # None if not `affine`
+        """
+
+    def forward(
+        self,
+        x: Array,
+        axes: Axes,
+        gamma: Array | None,
+        beta: Array | None,
+        y: Array,
+        *,
+        eps: float,
+        center: bool,
+    ) -> Stats:
+        """`moments` and `normalize` in one: a backend may fuse them, with the same bits."""
+        stats = self.moments(x, axes, eps=eps, center=center)
+        self.normalize(x, axes, stats, gamma, beta, y)
+        return stats

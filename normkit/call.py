@@ -1,0 +1,563 @@
+"""One call of a norm: checked once, then run forward, or forward with its pullback.
+
+A norm in the catalogue says what to reduce and what to do with the statistics; everything that all
+of them share is here: validation, the dtype rule, memory order, running statistics, renorm's r, d.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from normkit.axes import Ints, Layout, Rule, layout
+from normkit.backends.base import Array, Stats
+from normkit.dispatch import backend_for, library, namespace
+
+#: dtype -> the type of its arithmetic. Adding a dtype is one row here and one in each backend.
+ARITHMETIC = {
+    "float16": np.float32,
+    "bfloat16": np.float32,
+    "float32": np.float32,
+    "float64": np.float64,
+}
+
+Meta = tuple[Ints, Ints, Any]  # shape, strides, dtype: all that validation of an array looks at
+
+
+class Grads(NamedTuple):
+    """Gradients of one call; None where no parameter was given."""
+
+    x: Array
+    gamma: Array | None
+    beta: Array | None
+
+
+class Running(NamedTuple):
+    """Running statistics as a norm was given them, and how this step enters them."""
+
+    mean: Array
+    spread: Array  #: running_var, or running_std for renorm
+    spread_name: str
+    momentum: float
+    clip: tuple[float, float] | None = None  #: (r_max, d_max) for renorm
+
+
+def number(argument: str, value: object, low: float, high: float = float("inf")) -> float:
+    """`value` as a float in [low, high], or an error that names the argument."""
+    if type(value) is float and low <= value <= high:
+        return value
+    if not isinstance(value, (Real, np.floating)) or isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{argument}={value!r} must be a real number, not {type(value).__name__}")
+    if not low <= value <= high:  # NaN too
+        span = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{argument}={value!r} must be {span}")
+    return float(value)
+
+
+def _arithmetic(argument: str, dtype: Any) -> type:
+    if dtype.name not in ARITHMETIC:
+        raise TypeError(
+            f"{argument} has dtype {dtype}: expected {', '.join(ARITHMETIC)}; "
+            f'convert it first, for example {argument}.astype("float32")'
+        )
+    return ARITHMETIC[dtype.name]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the shapes, strides and dtypes of a call imply; cached, so checked once."""
+
+    layout: Layout
+    native: Any  #: x's dtype in native byte order
+    arithmetic: Any  #: dtype of the arithmetic
+    direct: bool  #: x is C-contiguous and native: no view, no copy
+    direct_params: bool  #: gamma and beta are as well
+
+
+@lru_cache(maxsize=8192)
+def _plan(x: Meta, gamma: Meta | None, beta: Meta | None, rule: Rule, *args: object) -> Plan:
+    shape, strides, dtype = x
+    arithmetic = _arithmetic("x", dtype)
+    found = layout(shape, strides, dtype.itemsize, rule, *args)
+    direct_params = True
+    for argument, meta in (("gamma", gamma), ("beta", beta)):
+        if meta is None:
+            continue
+        _arithmetic(argument, meta[2])
+        if meta[0] != found.param_shape:
+            raise ValueError(
+                f"{argument} has shape {meta[0]}: expected {found.param_shape} "
+                f"for x of shape {shape}"
+            )
+        contiguous = len(meta[0]) == 1 and meta[1] == (meta[2].itemsize,)
+        direct_params &= contiguous and meta[2].isnative and found.axes.params == meta[0][0]
+    in_order = found.order == tuple(range(len(found.order)))
+    return Plan(
+        found,
+        dtype.newbyteorder("="),
+        np.dtype(arithmetic),
+        direct=in_order and not found.copies and dtype.isnative,
+        direct_params=direct_params,
+    )
+
+
+class Call:
+    """A checked call of one norm: ``forward()`` gives y, ``vjp()`` y and its pullback.
+
+    Parameters
+    ----------
+    x, gamma, beta : array
+        As the user gave them.
+    rule, *args
+        The norm's axes: ``rule(x.shape, *args)`` gives `normkit.axes.Roles`.
+    eps : float
+        Added to the variance.
+    center : bool
+        Subtract the mean (False: RMS).
+    running : Running, optional
+        Running statistics.
+    frozen : bool
+        Normalise with the running statistics instead of x's own.
+    out : array, optional
+        Where to write y.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For any wrong argument, before anything is computed.
+    """
+
+    def __init__(
+        self,
+        x: Array,
+        gamma: Array | None,
+        beta: Array | None,
+        rule: Rule,
+        *args: object,
+        eps: float = 0.0,
+        center: bool = True,
+        running: Running | None = None,
+        frozen: bool = False,
+        out: Array | None = None,
+    ) -> None:
+        if type(x) is not np.ndarray:
+            x = _plain("x", x)
+        self.backend = backend_for(type(x))
+        self.x, self.eps, self.center = x, number("eps", eps, 0.0), center
+        self.gamma = None if gamma is None else _like("gamma", gamma, x)
+        self.beta = None if beta is None else _like("beta", beta, x)
+        self.plan = _plan(_meta(x), _meta(self.gamma), _meta(self.beta), rule, *_hashable(args))
+        self.out, self.running, self.frozen = out, running, frozen
+        if running is not None:
+            self.running = _check_running(running, self)
+        if out is not None:
+            self.out = _check_out(out, self)
+
+    def forward(self) -> Array:
+        """The normalised array; running statistics are updated once."""
+        return self._forward()[0]
+
+    def vjp(self) -> tuple[Array, Pullback]:
+        """The normalised array, and the function from dy to the gradients."""
+        if self.out is not None and _same_memory(self.out, self.x):
+            raise ValueError("vjp: out is x, which the pullback still needs: give another array")
+        y, stats, r, d = self._forward()
+        return y, Pullback(self, stats, r, d)
+
+    def _forward(self) -> tuple[Array, Stats | None, Array | None, Array | None]:
+        x, plan, running = self.x, self.plan, self.running
+        xp = np if type(x) is np.ndarray else namespace(x)
+        y = xp.empty_like(x, dtype=plan.native) if self.out is None else self.out
+        if x.size == 0:
+            return y, None, None, None
+        packed = self.pack(x, plan.native)
+        view, target = self.target(y)
+        gamma, beta = self.params()
+        stats, r, d = None, None, None
+        axes, backend = plan.layout.axes, self.backend
+        if running is None or not (self.frozen or running.clip):
+            stats = backend.forward(
+                packed, axes, gamma, beta, target, eps=self.eps, center=self.center
+            )
+        else:
+            if self.frozen:
+                stats = self._given(running, xp)
+            else:
+                stats = backend.moments(packed, axes, eps=self.eps, center=True)
+                r, d = self._renorm(running, stats, xp)
+                gamma, beta = _affine(gamma, beta, r, d)
+            backend.normalize(packed, axes, stats, gamma, beta, target)
+        if running is not None and not self.frozen:
+            self._update(running, stats, xp)
+        if target is not view:
+            view[...] = target
+        return y, stats, r, d
+
+    def pack(self, array: Array, dtype: Any) -> Array:
+        """`array` (of x's shape) C-contiguous in x's memory order: a view where the layout fits."""
+        plan = self.plan
+        if array is self.x and plan.direct:
+            return array
+        view = plan.layout.view(array)
+        if view.dtype != dtype:
+            return view.astype(dtype, order="C")
+        return view if view.flags.c_contiguous else view.copy(order="C")
+
+    def target(self, result: Array) -> tuple[Array, Array]:
+        """`result` (of x's shape) in memory order, and where to write it: there, if contiguous."""
+        if self.plan.direct and result is not self.out:
+            return result, result
+        view = self.plan.layout.view(result)
+        if view.flags.c_contiguous and view.dtype == self.plan.native:
+            return view, view
+        return view, namespace(view).empty(view.shape, dtype=self.plan.native)
+
+    def params(self) -> tuple[Array | None, Array | None]:
+        """gamma and beta in memory order."""
+        if self.plan.direct_params:
+            return self.gamma, self.beta
+        pack, xp = self.plan.layout.pack_param, namespace(self.x)
+        gamma, beta = (
+            None if p is None else pack(p.astype(p.dtype.newbyteorder("="), copy=False), xp)
+            for p in (self.gamma, self.beta)
+        )
+        return gamma, beta
+
+    def _given(self, running: Running, xp: Any) -> Stats:
+        wide = np.float64
+        mean = self.plan.layout.pack_groups(running.mean, xp).astype(wide)
+        spread = self.plan.layout.pack_groups(running.spread, xp).astype(wide)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return Stats(mean, 1 / (spread if running.clip else xp.sqrt(spread + self.eps)))
+
+    def _renorm(self, running: Running, stats: Stats, xp: Any) -> tuple[Array, Array]:
+        """r and d of Batch Renormalization, constants for the gradient."""
+        assert running.clip is not None
+        r_max, d_max = running.clip
+        given = self._given(running, xp)
+        with np.errstate(all="ignore"):
+            # xp.clip would pass NaN too, but not r_max = inf times a zero
+            r = xp.clip(given.rstd / stats.rstd, 1 / r_max, r_max)
+            d = xp.clip((stats.mean - given.mean) * given.rstd, -d_max, d_max)
+        r = xp.ones_like(r) if r_max == 1 else r
+        d = xp.zeros_like(d) if d_max == 0 else d
+        pack = self.plan.layout
+        return tuple(pack.pack_param(pack.unpack_groups(v), xp) for v in (r, d))  # type: ignore
+
+    def _update(self, running: Running, stats: Stats, xp: Any) -> None:
+        with np.errstate(all="ignore"):
+            count, momentum = self.plan.layout.axes.count, running.momentum
+            if running.clip:
+                spread = 1 / stats.rstd
+            else:
+                assert stats.var is not None
+                spread = stats.var * (count / (count - 1))
+            new = []
+            for old, value in ((running.mean, stats.mean), (running.spread, spread)):
+                value = self.plan.layout.unpack_groups(value)
+                if value.ndim > old.ndim:  # instance norm: one statistic per sample and channel
+                    value = value.mean(axis=0)
+                new.append((old + momentum * (value - old)).astype(old.dtype))
+        running.mean[...], running.spread[...] = new
+
+
+class Pullback:
+    """From dy to the gradients of x, gamma and beta; may be called any number of times.
+
+    It keeps x and gamma by reference and the statistics by value.
+    """
+
+    def __init__(self, call: Call, stats: Stats | None, r: Array | None, d: Array | None) -> None:
+        self._call, self._stats, self._r, self._d = call, stats, r, d
+
+    def __call__(self, dy: Array) -> Grads:
+        """Gradients for the gradient `dy` of y.
+
+        Parameters
+        ----------
+        dy : array
+            Of x's shape, in any supported dtype and layout.
+
+        Returns
+        -------
+        Grads
+            ``(x, gamma, beta)`` in the dtypes of x, gamma and beta, x's laid out like x; None for
+            a parameter that was not given.
+        """
+        call, stats = self._call, self._stats
+        x, plan = call.x, call.plan
+        xp = namespace(x)
+        try:
+            dy = _like("dy", dy, x)
+            _arithmetic("dy", dy.dtype)
+            if dy.shape != x.shape:
+                raise ValueError(f"dy has shape {dy.shape}: expected that of x, {x.shape}")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"pullback: {error}") from None
+        dx = xp.empty_like(x, dtype=plan.native)
+        if stats is None:
+            return Grads(
+                dx,
+                None if call.gamma is None else xp.zeros_like(call.gamma),
+                None if call.beta is None else xp.zeros_like(call.beta),
+            )
+        gamma, _ = call.params()
+        if self._r is not None:
+            gamma, _ = _affine(gamma, None, self._r, self._r)
+        dtype = plan.native if dy.dtype == plan.native else plan.arithmetic
+        view, target = call.target(dx)
+        sums = call.backend.gradients(
+            call.pack(dy, dtype),
+            call.pack(x, plan.native),
+            plan.layout.axes,
+            stats,
+            gamma,
+            target,
+            center=call.center,
+            frozen=call.frozen,
+            affine=call.gamma is not None or call.beta is not None,
+        )
+        if target is not view:
+            view[...] = target
+        if sums is None:
+            return Grads(dx, None, None)
+        dgamma, dbeta = sums
+        if self._r is not None:
+            dgamma = self._r * dgamma + self._d * dbeta
+        return Grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
+
+    def _grad(self, grad: Array, param: Array | None) -> Array | None:
+        if param is None:
+            return None
+        plan = self._call.plan
+        if not plan.direct_params:
+            grad = plan.layout.unpack_param(grad)
+        with np.errstate(over="ignore"):
+            return grad.astype(param.dtype.newbyteorder("="), copy=False)
+
+
+def norm(declare: Callable[..., Call]) -> Callable[..., Array]:
+    """Make a function that declares a `Call` the norm itself, which runs it.
+
+    Examples
+    --------
+    A norm of one's own, with every layout, dtype, backend and its gradient:
+
+    >>> import numpy as np, normkit as nk
+    >>> from normkit.axes import over
+    >>> @nk.norm
+    ... def power_norm(x, gamma=None, beta=None, *, axis=-1, eps=0.0, out=None):
+    ...     return nk.Call(x, gamma, beta, over, axis, eps=eps, center=False, out=out)
+    >>> power_norm(np.array([[3.0, 4.0]])).round(4)
+    array([[0.8485, 1.1314]])
+    """
+
+    name = declare.__name__
+
+    @functools.wraps(declare)
+    def checked(*args: Any, **options: Any) -> Call:
+        try:
+            return declare(*args, **options)
+        except (TypeError, ValueError) as error:
+            message = str(error)  # Python's own, on a wrong signature, begin with the name
+            message = message if message.startswith(name) else f"{name}: {message}"
+            raise type(error)(message) from None
+
+    @functools.wraps(declare)
+    def run(*args: Any, **options: Any) -> Array:
+        return checked(*args, **options).forward()
+
+    run.declare = checked  # type: ignore[attr-defined]
+    return run
+
+
+def vjp(norm: Callable[..., Array], x: Array, *args: Any, **options: Any) -> tuple[Array, Pullback]:
+    """A norm's result and its pullback (vector-Jacobian product).
+
+    Parameters
+    ----------
+    norm : callable
+        A norm of normkit, one made with `normkit.norm`, or a `functools.partial` of one.
+    x : array
+        What to normalise.
+    *args, **options
+        The norm's other arguments.
+
+    Returns
+    -------
+    y : array
+        The same bits as ``norm(x, *args, **options)``. Running statistics are updated once, here.
+    pullback : callable
+        ``dx, dgamma, dbeta = pullback(dy)``, a `Grads`. It keeps x and gamma by reference (do not
+        overwrite them before the last call) and the statistics by value.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the norm itself; TypeError if `norm` is not one.
+
+    Examples
+    --------
+    >>> import numpy as np, normkit as nk
+    >>> y, pullback = nk.vjp(nk.layer_norm, np.array([[1.0, 2.0, 4.0]]), np.ones(3))
+    >>> dx, dgamma, dbeta = pullback(np.ones_like(y))
+    >>> dbeta is None
+    True
+    """
+    inner = norm.func if isinstance(norm, functools.partial) else norm
+    declare = getattr(inner, "declare", None)
+    if declare is None:
+        raise TypeError(f"vjp: norm={norm!r} is no norm: pass a normkit norm such as layer_norm")
+    if isinstance(norm, functools.partial):
+        declare = functools.partial(declare, *norm.args, **norm.keywords)
+    call: Call = declare(x, *args, **options)
+    return call.vjp()
+
+
+def _meta(array: Array | None) -> Meta | None:
+    return None if array is None else (array.shape, array.strides, array.dtype)
+
+
+def _hashable(args: tuple[object, ...]) -> tuple[object, ...]:
+    for arg in args:
+        if isinstance(arg, (list, set, np.ndarray)):
+            raise TypeError(f"axes are an int or a tuple of ints, not {type(arg).__name__}: {arg}")
+    return args
+
+
+def _plain(argument: str, array: Any) -> Array:
+    """`array` as its library's own array type; subclasses are seen through, masks refused."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{argument} is a masked array, whose mask would be ignored: "
+            f"pass {argument}.filled(value) or {argument}.data"
+        )
+    if isinstance(array, np.ndarray):
+        return array.view(np.ndarray)
+    try:
+        backend_for(type(array))
+    except TypeError as error:
+        raise TypeError(f"{argument}: {error}") from None
+    return array
+
+
+def _like(argument: str, array: Any, x: Array) -> Array:
+    """`array`, if it is of x's library and on x's device."""
+    if type(array) is np.ndarray is type(x):
+        return array
+    array = _plain(argument, array)
+    if library(type(array)) != library(type(x)):
+        raise TypeError(
+            f"{argument} is a {library(type(array))} array and x a {library(type(x))} array: "
+            "convert one, so that all arrays of a call are of one library"
+        )
+    if getattr(array, "device", None) != getattr(x, "device", None):
+        raise TypeError(f"{argument} is on {array.device} and x on {x.device}: move one of them")
+    return array
+
+
+def _overlap(a: Array, b: Array | None, xp: Any) -> bool:
+    if b is None or not xp.may_share_memory(a, b):
+        return False
+    return xp is not np or np.shares_memory(a, b)
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays are one: the same elements at the same addresses."""
+    if a is b:
+        return True
+    address = "__array_interface__" if isinstance(a, np.ndarray) else "__cuda_array_interface__"
+    here, there = getattr(a, address)["data"][0], getattr(b, address)["data"][0]
+    return bool(here == there) and _meta(a) == _meta(b)
+
+
+def _writeable(argument: str, array: Array) -> None:
+    flags = array.flags
+    if not getattr(flags, "writeable", True):
+        raise ValueError(f"{argument} is read-only, but is written to: pass a writeable copy")
+
+
+def _check_running(running: Running, call: Call) -> Running:
+    """`running` checked against x; nothing of it is touched."""
+    xp = namespace(call.x)
+    shape = call.plan.layout.param_shape
+    found = {}
+    for argument, array in (
+        ("running_mean", running.mean),
+        (running.spread_name, running.spread),
+    ):
+        array = _like(argument, array, call.x)
+        if array.dtype.name not in ("float32", "float64"):
+            raise TypeError(
+                f"{argument} has dtype {array.dtype}: expected float32 or float64; "
+                f'convert it first, for example {argument}.astype("float32")'
+            )
+        if array.shape != shape:
+            raise ValueError(
+                f"{argument} has shape {array.shape}: expected {shape} "
+                f"for x of shape {call.x.shape}"
+            )
+        found[argument] = array
+    mean, spread = found.values()
+    if call.frozen:
+        return running._replace(mean=mean, spread=spread)
+    for argument, array in found.items():
+        _writeable(argument, array)
+        for other, b in (("x", call.x), ("gamma", call.gamma), ("beta", call.beta)):
+            if _overlap(array, b, xp):
+                raise ValueError(f"{argument} overlaps {other}: it is updated in place, so copy it")
+    if _overlap(mean, spread, xp):
+        raise ValueError(f"running_mean overlaps {running.spread_name}: give each its own array")
+    axes = call.plan.layout.axes
+    if running.clip is None and axes.count == 1 and call.x.size:
+        raise ValueError(
+            f"running_var cannot be updated from groups of one element (x has shape "
+            f"{call.x.shape}): its unbiased variance divides by m - 1 = 0; give more elements, "
+            "or pass training=False"
+        )
+    return running._replace(mean=mean, spread=spread)
+
+
+def _check_out(out: Array, call: Call) -> Array:
+    x = call.x
+    out = _like("out", out, x)
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise (ValueError if out.dtype == x.dtype else TypeError)(
+            f"out has shape {out.shape} and dtype {out.dtype}: expected those of x, "
+            f"{x.shape} and {x.dtype}"
+        )
+    _writeable("out", out)
+    xp = namespace(x)
+    others = [("gamma", call.gamma), ("beta", call.beta)]
+    if not _same_memory(out, x):
+        others.append(("x", x))
+    if call.running is not None:
+        others += [
+            ("running_mean", call.running.mean),
+            (call.running.spread_name, call.running.spread),
+        ]
+    for argument, array in others:
+        if _overlap(out, array, xp):
+            raise ValueError(
+                f"out overlaps {argument}: give an array of its own"
+                + (", or x itself" if argument == "x" else "")
+            )
+    return out
+
+
+def _affine(
+    gamma: Array | None, beta: Array | None, r: Array, d: Array
+) -> tuple[Array, Array]:
+    """Batch renorm's parameters: r*gamma and d*gamma + beta."""
+    if gamma is None:
+        scaled, shift = r, d
+    else:
+        gamma = gamma.astype(np.float64)
+        scaled, shift = r * gamma, d * gamma
+    return scaled, shift if beta is None else shift + beta.astype(np.float64)
