@@ -161,16 +161,18 @@ class Call:
 
     def forward(self) -> Array:
         """The normalised array; running statistics are updated once."""
-        return self._forward()[0]
+        return self._forward(keep=self.running is not None)[0]
 
     def vjp(self) -> tuple[Array, Pullback]:
         """The normalised array, and the function from dy to the gradients."""
         if self.out is not None and _same_memory(self.out, self.x):
             raise ValueError("vjp: out is x, which the pullback still needs: give another array")
-        y, stats, r, d = self._forward()
+        y, stats, r, d = self._forward(keep=True)
         return y, Pullback(self, stats, r, d)
 
-    def _forward(self) -> tuple[Array, Stats | None, Array | None, Array | None]:
+    def _forward(
+        self, keep: bool
+    ) -> tuple[Array, Stats | None, Array | None, Array | None]:
         x, plan, running = self.x, self.plan, self.running
         xp = np if type(x) is np.ndarray else namespace(x)
         y = xp.empty_like(x, dtype=plan.native) if self.out is None else self.out
@@ -183,7 +185,7 @@ class Call:
         axes, backend = plan.layout.axes, self.backend
         if running is None or not (self.frozen or running.clip):
             stats = backend.forward(
-                packed, axes, gamma, beta, target, eps=self.eps, center=self.center
+                packed, axes, gamma, beta, target, eps=self.eps, center=self.center, keep=keep
             )
         else:
             if self.frozen:
@@ -251,20 +253,21 @@ class Call:
         return tuple(pack.pack_param(pack.unpack_groups(v), xp) for v in (r, d))  # type: ignore
 
     def _update(self, running: Running, stats: Stats, xp: Any) -> None:
+        layout, momentum = self.plan.layout, running.momentum
+        count = layout.axes.count
         with np.errstate(all="ignore"):
-            count, momentum = self.plan.layout.axes.count, running.momentum
             if running.clip:
-                spread = 1 / stats.rstd
+                spread = 1 / stats.rstd.astype(np.float64)
             else:
                 assert stats.var is not None
-                spread = stats.var * (count / (count - 1))
+                spread = stats.var.astype(np.float64) * (count / (count - 1))
             new = []
             for old, value in ((running.mean, stats.mean), (running.spread, spread)):
-                value = self.plan.layout.unpack_groups(value)
+                value = layout.unpack_groups(value)
                 if value.ndim > old.ndim:  # instance norm: one statistic per sample and channel
                     value = value.mean(axis=0)
-                new.append((old + momentum * (value - old)).astype(old.dtype))
-        running.mean[...], running.spread[...] = new
+                new.append(old + momentum * (value - old))
+            running.mean[...], running.spread[...] = new
 
 
 class Pullback:

@@ -74,8 +74,12 @@ class Backend(ABC):
         *,
         eps: float,
         center: bool,
-    ) -> Stats:
-        """`moments` and `normalize` in one: a backend may fuse them, with the same bits."""
+        keep: bool,
+    ) -> Stats | None:
+        """`moments` and `normalize` in one: a backend may fuse them, with the same bits.
+
+        Without `keep` nobody needs the statistics, and None may be returned.
+        """
         stats = self.moments(x, axes, eps=eps, center=center)
         self.normalize(x, axes, stats, gamma, beta, y)
         return stats

@@ -24,6 +24,13 @@ def _by_group(values: Array, axes: Axes) -> Array:
     return values.reshape(axes.k0, 1, axes.k1, 1)
 
 
+def _xhat(x: Array, axes: Axes, stats: Stats) -> Array:
+    centred = _grouped(x, axes) - _by_group(stats.mean, axes)
+    if stats.residual is not None:
+        centred = centred - _by_group(stats.residual, axes)
+    return centred * _by_group(stats.rstd, axes)
+
+
 def _by_param(values: Array | None, axes: Axes, default: float) -> Any:
     """A (params,) array that broadcasts against x of shape (-1, params, span)."""
     return default if values is None else _wide(values).reshape(1, axes.params, 1)
@@ -35,15 +42,17 @@ class Reference(Backend):
 
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
         x = _grouped(x, axes)
-        mean = x.mean(axis=(1, 3), keepdims=True) * center
-        var = ((x - mean) ** 2).mean(axis=(1, 3))
-        return Stats(mean.ravel(), 1 / (var.ravel() + eps) ** 0.5, var.ravel())
+        residual = mean = np.zeros_like(x[:, :1, :, :1])
+        if center:
+            mean = x.mean(axis=(1, 3), keepdims=True)
+            residual = (x - mean).mean(axis=(1, 3), keepdims=True)  # what rounding left out
+        var = ((x - mean - residual) ** 2).mean(axis=(1, 3)).ravel()
+        return Stats(mean.ravel(), 1 / (var + eps) ** 0.5, var, residual.ravel())
 
     def normalize(
         self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
     ) -> None:
-        xhat = (_grouped(x, axes) - _by_group(stats.mean, axes)) * _by_group(stats.rstd, axes)
-        xhat = xhat.reshape(-1, axes.params, axes.span)
+        xhat = _xhat(x, axes, stats).reshape(-1, axes.params, axes.span)
         result = xhat * _by_param(gamma, axes, 1.0) + _by_param(beta, axes, 0.0)
         y[...] = result.astype(y.dtype).reshape(y.shape)
 
@@ -60,15 +69,13 @@ class Reference(Backend):
         frozen: bool,
         affine: bool,
     ) -> tuple[Array, Array] | None:
-        rstd = _by_group(stats.rstd, axes)
-        xhat = (_grouped(x, axes) - _by_group(stats.mean, axes)) * rstd
+        xhat = _xhat(x, axes, stats)
         wide_dy = _wide(dy).reshape(-1, axes.params, axes.span)
         g = (wide_dy * _by_param(gamma, axes, 1.0)).reshape(axes[:4])
         if not frozen:
-            g = g - xhat * (g * xhat).mean(axis=(1, 3), keepdims=True) - (
-                g.mean(axis=(1, 3), keepdims=True) * center
-            )
-        dx[...] = (g * rstd).astype(dx.dtype).reshape(dx.shape)
+            mean = g.mean(axis=(1, 3), keepdims=True) if center else 0
+            g = g - mean - xhat * (g * xhat).mean(axis=(1, 3), keepdims=True)
+        dx[...] = (g * _by_group(stats.rstd, axes)).astype(dx.dtype).reshape(dx.shape)
         if not affine:
             return None
         by_param = xhat.reshape(-1, axes.params, axes.span)

@@ -1,0 +1,223 @@
+"""The CPU backend: which kernel, over how many parts, on how many threads."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from normkit.axes import Axes
+from normkit.backends.base import Array, Backend, Stats
+from normkit.backends.numba import kernels as k
+from normkit.backends.numba.threads import Pool
+
+_SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
+_PART = 1 << 15  #: elements of a group that are worth a task of their own
+_MOST_PARTS = 64
+_RUN = 1024  #: runs of parameters are repeated up to this length
+
+
+class Work(NamedTuple):
+    """How the kernels go about one geometry; a function of a group's shape, not of the batch."""
+
+    rows: bool  #: family of kernels: rows or columns
+    axes: Axes  #: as given, but for `repeat` and `tile`
+    repeat: int  #: each parameter is repeated so often, to make short runs vectors of parameters,
+    tile: int  #: and then all of them so often, to make short vectors long
+    units: int  #: independent units of work: groups, or slabs of columns
+    parts: int  #: fixed parts of a unit, summed separately
+
+
+@lru_cache(maxsize=4096)
+def _work(axes: Axes) -> Work:
+    k0, r0, k1, r1, params, span = axes
+    rows = r0 == 1 or r1 >= _SHORT
+    repeat = tile = 1
+    if rows:
+        if 1 < span < _SHORT // 2 and params > 1:
+            repeat, params, span = span, params * span, 1
+        if span == 1 and 1 < params < min(r1, _RUN):
+            repeats = r1 // params
+            tile = max(t for t in range(1, _RUN // params + 1) if repeats % t == 0)
+            if params * tile < _SHORT and r1 <= k.ROW_LIMIT:
+                tile = repeats
+            params *= tile
+        units, elements = axes.groups, r0 * r1
+    else:
+        groups = k.SLAB // r1
+        units, elements = k0 * -(-k1 // groups), r0 * min(k1 * r1, k.SLAB)
+    parts = max(1, min(_MOST_PARTS, elements // _PART, r0 if not rows else elements))
+    return Work(rows, Axes(k0, r0, k1, r1, params, span), repeat, tile, units, parts)
+
+
+@lru_cache(maxsize=256)
+def _constant(value: float, count: int, real: str) -> Array:
+    constant = np.full(count, value, real)
+    constant.flags.writeable = False
+    return constant
+
+
+def _param(param: Array | None, default: float, work: Work, real: str) -> Array:
+    """gamma or beta as the kernels read it."""
+    if param is None:
+        return _constant(default, work.axes.params, real)
+    if param.dtype != real:
+        with np.errstate(over="ignore"):
+            param = param.astype(real)
+    if work.repeat > 1:
+        param = param.repeat(work.repeat)
+    return np.tile(param, work.tile) if work.tile > 1 else param
+
+
+def _real(x: Array) -> str:
+    return "float64" if x.dtype == np.float64 else "float32"
+
+
+class Numba(Backend):
+    name = "numba"
+    arrays = ("numpy",)
+
+    def __init__(self) -> None:
+        self._pool = Pool()
+
+    def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
+        stats = self._forward(x, axes, None, None, x, None, eps, center, k.SUMS | k.FINISH, True)
+        assert stats is not None
+        return stats
+
+    def normalize(
+        self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
+    ) -> None:
+        self._forward(x, axes, gamma, beta, y, stats, 0.0, True, k.APPLY, False)
+
+    def forward(
+        self,
+        x: Array,
+        axes: Axes,
+        gamma: Array | None,
+        beta: Array | None,
+        y: Array,
+        *,
+        eps: float,
+        center: bool,
+        keep: bool,
+    ) -> Stats | None:
+        stage = k.SUMS | k.FINISH | k.APPLY
+        return self._forward(x, axes, gamma, beta, y, None, eps, center, stage, keep)
+
+    def _forward(
+        self,
+        x: Array,
+        axes: Axes,
+        gamma: Array | None,
+        beta: Array | None,
+        y: Array,
+        stats: Stats | None,
+        eps: float,
+        center: bool,
+        stage: int,
+        keep: bool,
+    ) -> Stats | None:
+        work, real = _work(axes), _real(x)
+        pool, parts, units = self._pool, work.parts, work.units
+        gamma, beta = _param(gamma, 1.0, work, real), _param(beta, 0.0, work, real)
+        kernel = k.compiled(
+            k.rows_forward if work.rows else k.columns_forward, k.Forward, x.dtype.name, ""
+        )
+        threads = pool.threads(x.size)
+        spread = threads > 1 and parts > 1 and units < 4 * threads and units % threads
+        double = real == "float64"
+        if stats is None and (keep or spread):
+            values = np.empty((4 if double else 3, axes.groups))
+            stats = Stats(values[0], values[1], values[2], values[3] if double else None)
+        mean, rstd, var, residual = stats or (None, None, None, None)
+
+        def run(stage: int, tasks: int, sums: Array | None = None, again: int = 0) -> None:
+            call = (x, y, gamma, beta, mean, residual, rstd, var, sums)
+            numbers = (work.axes, eps, center, stage, again, parts)
+            pool.run(kernel, call + numbers, tasks, threads)
+
+        if not spread:
+            run(stage, units)
+            return stats
+        if stage & k.SUMS:
+            sums = np.empty(units * parts * (2 if work.rows else 2 * k.SLAB))
+            for again in range(2 if double and center else 1):
+                run(k.SUMS | k.SPREAD, units * parts, sums, again)
+                run(k.FINISH, units, sums, again)
+        if stage & k.APPLY:
+            run(k.APPLY | k.SPREAD, units * parts)
+        return stats
+
+    def gradients(
+        self,
+        dy: Array,
+        x: Array,
+        axes: Axes,
+        stats: Stats,
+        gamma: Array | None,
+        dx: Array,
+        *,
+        center: bool,
+        frozen: bool,
+        affine: bool,
+    ) -> tuple[Array, Array] | None:
+        work, real = _work(axes), _real(x)
+        pool, parts, units = self._pool, work.parts, work.units
+        k0, r0, k1, r1, params, span = work.axes
+        gamma = _param(gamma, 1.0, work, real)
+        threads = pool.threads(x.size)
+
+        def run(kernel: Any, stage: int, tasks: int, parts: int, partial: Any, sums: Any) -> None:
+            call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums)
+            numbers = (work.axes, center, frozen, affine, stage, parts)
+            compiled = k.compiled(kernel, k.Backward, x.dtype.name, dy.dtype.name)
+            pool.run(compiled, call + numbers, tasks, threads)
+
+        row = work.rows and span == 1 and r0 == k1 == 1 and params <= k.ROW_LIMIT
+        if affine and row and (k0 >= threads or parts == 1):
+            rows = k.ROW_BLOCK * max(1, -(-k0 // (_MOST_PARTS * k.ROW_BLOCK)))
+            blocks = -(-k0 // rows)
+            sums = np.empty((blocks, 2, params))
+            run(k.rows_backward_params, 0, blocks, rows, None, sums)
+            return self._fold(sums.sum(axis=0), work)
+        by_column = not work.rows and k1 * r1 % (params * span) == 0
+        sums = None
+        if affine and work.rows and span > 1:
+            pieces = -(-min(r1, span) // k.CHUNK) * max(1, span // r1)
+            sums = np.empty((x.size // (params * span), params, pieces, 2))
+        elif affine and by_column:
+            sums = np.empty((k0 * k1 * r1 // (params * span), params, span, 2))
+        kernel = k.rows_backward if work.rows else k.columns_backward
+        if threads > 1 and parts > 1 and units < 4 * threads and units % threads:
+            partial = np.empty(units * parts * (2 if work.rows else 2 * k.SLAB))
+            if frozen and sums is None:
+                partial[...] = 0.0
+            else:
+                run(kernel, k.SUMS | k.SPREAD, units * parts, parts, partial, sums)
+            run(kernel, k.APPLY | k.SPREAD, units * parts, parts, partial, sums)
+        else:
+            run(kernel, k.SUMS | k.APPLY, units, parts, None, sums)
+        if not affine:
+            return None
+        if sums is None and work.rows and r0 == k1 == 1:
+            sums = np.empty((2, params))
+            run(k.long_row_params, 0, -(-params // k.SLAB), 1, None, sums)
+            return self._fold(sums, work)
+        if sums is None:
+            sums = np.empty((x.size // (params * span), params, 1, 2))
+            run(k.param_sums, 0, x.size // span, 1, None, sums)
+        return self._fold(sums.sum(axis=(0, 2)).T, work)
+
+    @staticmethod
+    def _fold(grads: Array, work: Work) -> tuple[Array, Array]:
+        """(2, params) gradients of what `_param` made of gamma and beta, as theirs."""
+        if work.tile > 1:
+            grads = grads.reshape(2, work.tile, -1).sum(axis=1)
+        if work.repeat > 1:
+            grads = grads.reshape(2, -1, work.repeat).sum(axis=2)
+        return grads[0], grads[1]
+
+
+backend = Numba()

@@ -1,0 +1,1461 @@
+"""The CPU's arithmetic: Numba kernels over raw memory, for every dtype and layout.
+
+A kernel is ``kernel(call, first, last)``: it does tasks first..last of the work that the named
+tuple behind the pointer `call` describes, so that threads can share it and the bits do not depend
+on who does what. Two families serve all axes (k0, r0, k1, r1), by what is contiguous:
+
+rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
+columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
+
+Sums are float64. float32 and the half types take one pass about the group's first element: that
+element being in the group, the squared mean of the differences is at most m times their variance,
+so float64 loses m units in the last place of the variance at most - nothing float32 could see (a
+longer group is checked, and redone about its mean if need be). float64 data always take a second
+pass about the mean. Elements are then centred before they are scaled, in their arithmetic type, or
+in float64 where a statistic is extreme.
+
+Everything compiled stands in this one file: Numba's disk cache sees edits to it, and to no other.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, njit, prange, types
+from numba.core import cgutils
+from numba.extending import NativeValue, intrinsic, models, register_model, unbox
+
+_BYTE = ir.IntType(8).as_pointer()
+_INPUTS, _SCRATCH = "normkit.inputs", "normkit.scratch"
+
+
+# ------------------------------------------------------------------------------------ raw memory
+class Pointer(types.Type):  # type: ignore[misc]
+    """Where the elements of a C-contiguous array begin; NULL for None.
+
+    Loads from "in", stores to "out" and both to "scratch" memory are told apart, so that LLVM need
+    not ask whether they overlap: y may be x, since an element is stored after it was loaded.
+    """
+
+    def __init__(self, dtype: str = "void", role: str = "in") -> None:
+        self.element, self.role = dtype, role
+        #: what an element is computed in
+        self.real = types.float64 if dtype == "float64" else types.float32
+        super().__init__(f"normkit.Pointer({dtype}, {role})")
+
+
+@register_model(Pointer)
+class _PointerModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Pointer) -> None:
+        super().__init__(manager, kind, _BYTE)
+
+
+@unbox(Pointer)
+def _unbox_pointer(kind: Pointer, array: Any, c: Any) -> NativeValue:
+    # NumPy's ABI: an array object is a PyObject head of two words, then the data pointer. Reading
+    # it here costs nothing; Numba's own array arguments cost about 0.2 us each.
+    head = ir.Constant(ir.IntType(64), 2 * np.intp().itemsize)
+    field = c.builder.bitcast(array, _BYTE)
+    data = c.builder.load(c.builder.bitcast(c.builder.gep(field, [head]), _BYTE.as_pointer()))
+    none = c.builder.icmp_unsigned("==", array, c.pyapi.borrow_none())
+    return NativeValue(c.builder.select(none, ir.Constant(_BYTE, None), data))
+
+
+_STORED = {
+    "float16": ir.IntType(16),
+    "bfloat16": ir.IntType(16),
+    "float32": ir.FloatType(),
+    "float64": ir.DoubleType(),
+}
+
+
+def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
+    module = builder.module
+    domain = module.add_metadata(["normkit"])
+    nodes = [module.add_metadata([scope, domain]) for scope in scopes]
+    instruction.set_metadata(kind, module.add_metadata(nodes))
+
+
+def _element(builder: Any, kind: Pointer, pointer: Any, index: Any) -> Any:
+    # LLVM prefers 256-bit vectors even where the processor has 512, for fear of lower clock rates;
+    # these loops gain 20 % from the wide ones.
+    set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+    typed = builder.bitcast(pointer, _STORED[kind.element].as_pointer())
+    return builder.gep(typed, [index])
+
+
+@intrinsic  # type: ignore[misc]
+def load(typing: Any, pointer: Any, index: Any) -> Any:
+    """Element `index`, in its arithmetic type."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = signature.args[0]
+        value = builder.load(_element(builder, kind, *args), align=1)
+        if kind.role == "scratch":
+            _mark(builder, value, "alias.scope", _SCRATCH)
+        elif kind.role == "in":
+            _mark(builder, value, "alias.scope", _INPUTS)
+        if kind.element == "float16":
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+        if kind.element == "bfloat16":
+            word = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(word, ir.FloatType())
+        return value
+
+    return pointer.real(pointer, types.int64), generate
+
+
+@intrinsic  # type: ignore[misc]
+def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """Round `value`, float32 or float64, to the element type and store it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, value = signature.args[0], args[2]
+        if kind.real is types.float32 and signature.args[2] is types.float64:
+            value = builder.fptrunc(value, ir.FloatType())
+        elif kind.real is types.float64 and signature.args[2] is types.float32:
+            value = builder.fpext(value, ir.DoubleType())
+        if kind.element == "float16":
+            value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        elif kind.element == "bfloat16":
+            value = _round_to_bfloat16(builder, value)
+        done = builder.store(value, _element(builder, kind, args[0], args[1]), align=1)
+        if kind.role == "scratch":
+            _mark(builder, done, "alias.scope", _SCRATCH)
+            _mark(builder, done, "noalias", _INPUTS)
+        else:
+            _mark(builder, done, "noalias", _INPUTS, _SCRATCH)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, value), generate
+
+
+def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+    """The upper half of a float32, rounded to nearest even; NaN stays NaN."""
+    word = ir.IntType(32)
+    bits = builder.bitcast(value, word)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+    rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
+    quiet = builder.or_(bits, ir.Constant(word, 0x400000))
+    nan = builder.fcmp_unordered("uno", value, value)
+    upper = builder.lshr(builder.select(nan, quiet, rounded), ir.Constant(word, 16))
+    return builder.trunc(upper, ir.IntType(16))
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[misc]
+def scratch(typing: Any, like: Any, count: Any) -> Any:
+    """`count` (a literal) elements of the type of number `like` on the stack."""
+    kind = Pointer("float64" if types.unliteral(like) is types.float64 else "float32", "scratch")
+    size = count.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        memory = cgutils.alloca_once(builder, ir.ArrayType(_STORED[kind.element], size))
+        return builder.bitcast(memory, _BYTE)
+
+    return kind(like, count), generate
+
+
+@intrinsic  # type: ignore[misc]
+def real(typing: Any, pointer: Any, value: Any) -> Any:
+    """float64 `value` in the arithmetic type of the elements behind `pointer`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        narrow = signature.return_type is types.float32
+        return builder.fptrunc(args[1], ir.FloatType()) if narrow else args[1]
+
+    return pointer.real(pointer, types.float64), generate
+
+
+@intrinsic  # type: ignore[misc]
+def times(typing: Any, value: Any, factor: Any, index: Any) -> Any:
+    """`value` times a power of two: a number, one of several, or None for 1."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, by = signature.args[0], signature.args[1]
+        if isinstance(by, types.NoneType):
+            return args[0]
+        factor = builder.load(_element(builder, by, *args[1:])) if by == many else args[1]
+        if value is types.float32:
+            args = [builder.fpext(args[0], ir.DoubleType())]
+        return builder.fmul(args[0], factor, flags=("contract",))
+
+    many = Pointer("float64", "scratch")
+    result = value if isinstance(factor, types.NoneType) else types.float64
+    return result(value, factor, types.int64), generate
+
+
+@intrinsic  # type: ignore[misc]
+def is_float64(typing: Any, pointer: Any) -> Any:
+    """Whether the elements are computed in float64: known at compile time."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(1), int(signature.args[0].real is types.float64))
+
+    return types.boolean(pointer), generate
+
+
+@intrinsic  # type: ignore[misc]
+def given(typing: Any, pointer: Any) -> Any:
+    """Whether a pointer is not NULL."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.icmp_unsigned("!=", args[0], ir.Constant(_BYTE, None))
+
+    return types.boolean(pointer), generate
+
+
+@intrinsic  # type: ignore[misc]
+def _behind(typing: Any, pointer: Any) -> Any:
+    """The tuple behind a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_value_type(signature.return_type)
+        return builder.load(builder.bitcast(args[0], kind.as_pointer()))
+
+    return pointer.dtype(pointer), generate
+
+
+@intrinsic  # type: ignore[misc]
+def address_of(typing: Any, value: Any) -> Any:
+    """Address of a copy of `value` on the stack, as an int."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        memory = cgutils.alloca_once_value(builder, args[0])
+        return builder.ptrtoint(memory, ir.IntType(64))
+
+    return types.int64(value), generate
+
+
+@intrinsic  # type: ignore[misc]
+def call_at(typing: Any, function: Any, call: Any, first: Any, last: Any) -> Any:
+    """Run the kernel at address `function`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE, word, word]).as_pointer()
+        kernel = builder.inttoptr(args[0], kind)
+        builder.call(kernel, [builder.inttoptr(args[1], _BYTE), args[2], args[3]])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+# ------------------------------------------------------------------------------------- kinds of loop
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
+#: a sum whose order LLVM may choose (once, when it compiles: the bits are fixed)
+reduction = njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True, **_OPTIONS)
+#: element by element, as written but for fused multiply-adds
+elementwise = njit(fastmath={"contract"}, forceinline=True, **_OPTIONS)
+#: bookkeeping around the loops
+plain = njit(**_OPTIONS)
+
+CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
+SLAB = 256  #: columns that one task of the columns family sums side by side
+PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
+ROW_LIMIT = 4096  #: longest row whose parameter gradients are summed on the stack
+ROW_BLOCK = 32  #: rows summed in the arithmetic type before they enter a float64 sum
+
+#: stages of a kernel, to be combined; SPREAD: a task is one part of a unit, not all of them
+SUMS, FINISH, APPLY, SPREAD = 1, 2, 4, 8
+
+Forward = namedtuple(
+    "Forward", "x y gamma beta mean residual rstd var partial axes eps center stage round parts"
+)
+Backward = namedtuple(
+    "Backward",
+    "dy x dx gamma mean residual rstd partial sums axes center frozen affine stage parts",
+)
+
+
+@plain
+def _extreme(rstd):
+    """Whether centring and scaling in float32 might overflow or lose small values."""
+    return not (2.0**-40 < rstd < 2.0**40)
+
+
+@plain
+def _origin(axes, group):
+    """Flat position of a group's first element."""
+    k0, r0, k1, r1, params, span = axes
+    if k1 == 1:
+        return group * r0 * r1
+    return group // k1 * (r0 * k1 * r1) + group % k1 * r1
+
+
+@plain
+def _parameter(axes, at):
+    """Index of the parameter of flat element `at`, and where its run of elements ends.
+
+    With span 1 a run is one of consecutive parameters, else one of elements that share theirs.
+    """
+    k0, r0, k1, r1, params, span = axes
+    if span == 1:
+        index = at % params
+        return index, at + params - index
+    run = at // span
+    return run % params, (run + 1) * span
+
+
+# ------------------------------------------------------------------------------------------- moments
+@reduction
+def _sums(x, first, last, shift, before, after):
+    """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
+    s = q = 0.0
+    for i in range(first, last):
+        if is_float64(x):
+            d = (load(x, i) * before - shift) * after
+        else:
+            d = np.float64(load(x, i)) - shift
+        s += d
+        q += d * d
+    return s, q
+
+
+@plain
+def _part_sums(x, axes, group, part, parts, shift, before, after):
+    """`_sums` over one of the parts that a group is cut into."""
+    k0, r0, k1, r1, params, span = axes
+    pieces = (r1 + CHUNK - 1) // CHUNK
+    row, at, count = 0, 0, r0 * pieces
+    if parts > 1:
+        begin = part * count // parts
+        count = (part + 1) * count // parts - begin
+        row, at = begin // pieces, begin % pieces * CHUNK
+    origin = _origin(axes, group) + row * k1 * r1
+    s = q = 0.0
+    for _ in range(count):
+        stop = min(at + CHUNK, r1)
+        ds, dq = _sums(x, origin + at, origin + stop, shift, before, after)
+        s += ds
+        q += dq
+        at = stop
+        if at == r1:
+            at = 0
+            origin += k1 * r1
+    return s, q
+
+
+@plain
+def _group_sums(x, axes, group, parts, shift, before, after):
+    s = q = 0.0
+    for part in range(parts):
+        ds, dq = _part_sums(x, axes, group, part, parts, shift, before, after)
+        s += ds
+        q += dq
+    return s, q
+
+
+@plain
+def _central(s, q, count, center):
+    """Mean and variance of differences whose sum and sum of squares are given."""
+    if not center:
+        return 0.0, q / count
+    delta = s / count
+    return delta, max(q / count - delta * delta, 0.0)
+
+
+@plain
+def _is_good(delta, var):
+    """Whether one pass about an element was enough; a NaN is not good."""
+    return delta * delta <= 2.0**20 * var
+
+
+@plain
+def _two_passes(x, axes, group, parts, center, before, after):
+    """(mean*before, its rounding error, variance*(before*after)**2), as exactly as float64 can."""
+    count = axes[1] * axes[3]
+    shift = delta = var = 0.0
+    if center:
+        shift = np.float64(load(x, _origin(axes, group))) * before
+        s, q = _group_sums(x, axes, group, parts, shift, before, after)
+        shift += s / count / after
+    s, q = _group_sums(x, axes, group, parts, shift, before, after)
+    delta, var = _central(s, q, count, center)
+    mean = shift + delta / after
+    return mean, shift - mean + delta / after, var
+
+
+@plain
+def _exact_moments(x, axes, group, parts, eps, center):
+    """Moments of any group, one that needs scaling by a power of two included."""
+    before = after = 1.0
+    mean, residual, var = _two_passes(x, axes, group, parts, center, before, after)
+    if is_float64(x):
+        if not np.isfinite(var):
+            before = 2.0**-600
+        elif var < 2.0**-900 and eps < 2.0**-850:
+            after = 2.0**600
+        if before * after != 1.0:
+            mean, residual, var = _two_passes(x, axes, group, parts, center, before, after)
+    if not np.isfinite(var) and center:  # an inf or NaN: the mean that numpy.mean gives
+        s, q = _group_sums(x, axes, group, parts, 0.0, before, 1.0)
+        return s / (axes[1] * axes[3]), 0.0, np.nan, np.nan
+    scale = before * after
+    rstd = scale / np.sqrt(var + eps * scale * scale)
+    return mean / before, residual / before, var / scale / scale, rstd
+
+
+@plain
+def _moments(x, axes, group, parts, eps, center):
+    """(mean, its rounding error, variance, rstd) of a group."""
+    if not is_float64(x):
+        shift = np.float64(load(x, _origin(axes, group))) if center else 0.0
+        s, q = _group_sums(x, axes, group, parts, shift, 1.0, 1.0)
+        delta, var = _central(s, q, axes[1] * axes[3], center)
+        if _is_good(delta, var) and np.isfinite(q):
+            return shift + delta, 0.0, var, 1.0 / np.sqrt(var + eps)
+    return _exact_moments(x, axes, group, parts, eps, center)
+
+
+@plain
+def _save(call, group, mean, residual, var, rstd):
+    if given(call.mean):
+        store(call.mean, group, mean)
+        store(call.rstd, group, rstd)
+    if given(call.residual):
+        store(call.residual, group, residual)
+    if given(call.var):
+        store(call.var, group, var)
+
+
+@plain
+def _saved(call, group):
+    """(mean, its rounding error, rstd) of a group."""
+    residual = load(call.residual, group) if given(call.residual) else 0.0
+    return load(call.mean, group), residual, load(call.rstd, group)
+
+
+@plain
+def _centre(x, mean, residual, rstd):
+    """(factor, high, low, rstd/factor): x - mean is ((x*factor - high) - low) / factor.
+
+    `high` is a number of the arithmetic type. The factor is a power of two, other than 1 only for
+    float64 statistics so extreme that sums of squares would overflow or underflow.
+    """
+    if is_float64(x):
+        factor = 2.0**-960 if rstd < 2.0**-900 else 2.0**960 if rstd > 2.0**900 else 1.0
+        return factor, mean * factor, residual * factor, rstd / factor
+    high = mean if _extreme(rstd) else np.float64(np.float32(mean))
+    return 1.0, high, mean - high, rstd
+
+
+# ------------------------------------------------------------------------------------- rows: forward
+# The types of the numbers decide the type of the arithmetic: each loop serves float32 and float64.
+@elementwise
+def _apply_one(x, y, first, last, factor, high, scale, shift):
+    """One parameter for all elements; what is left of the mean is in `shift`."""
+    for i in range(first, last):
+        store(y, i, (times(load(x, i), factor, 0) - high) * scale + shift)
+
+
+@elementwise
+def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index):
+    """One parameter for each element, from `index` on."""
+    offset = index - first
+    for i in range(first, last):
+        z = (times(load(x, i), factor, 0) - high) * rstd + shift
+        store(y, i, z * load(gamma, i + offset) + load(beta, i + offset))
+
+
+@plain
+def _apply_rows(call, group, part, parts, mean, residual, rstd):
+    """y of one part of a group."""
+    x, y, gamma, beta = call.x, call.y, call.gamma, call.beta
+    k0, r0, k1, r1, params, span = call.axes
+    factor, high, low, scaled = _centre(x, mean, residual, rstd)
+    wide = is_float64(x) or _extreme(rstd)
+    row, at, left = 0, 0, r0 * r1
+    if parts > 1:
+        begin = part * left // parts
+        left = (part + 1) * left // parts - begin
+        row, at = begin // r1, begin % r1
+    origin = _origin(call.axes, group) + row * k1 * r1
+    while left > 0:
+        first = origin + at
+        stop = first + min(left, r1 - at)
+        left -= stop - first
+        index, end_of_run = _parameter(call.axes, first)
+        while first < stop:
+            last = min(stop, end_of_run)
+            if span == 1:
+                if wide:
+                    _apply_many(
+                        x, y, first, last, factor, high, scaled, -low * scaled, gamma, beta, index
+                    )
+                else:
+                    _apply_many(
+                        x, y, first, last, None, np.float32(high), np.float32(scaled),
+                        np.float32(-low * scaled), gamma, beta, index,
+                    )  # fmt: skip
+                index = 0
+                end_of_run += params
+            else:
+                scale = scaled * load(gamma, index)
+                shift = load(beta, index) - low * scale
+                if wide:
+                    _apply_one(x, y, first, last, factor, high, scale, shift)
+                else:
+                    _apply_one(
+                        x, y, first, last, None, np.float32(high), np.float32(scale),
+                        np.float32(shift),
+                    )  # fmt: skip
+                index = index + 1 if index + 1 < params else 0
+                end_of_run += span
+            first = last
+        at = 0
+        origin += k1 * r1
+
+
+@plain
+def _finish_moments(call, group):
+    """A group's moments from the sums of its parts, which were `SPREAD`."""
+    x, axes, parts = call.x, call.axes, call.parts
+    s = q = 0.0
+    for part in range(parts):
+        s += load(call.partial, 2 * (group * parts + part))
+        q += load(call.partial, 2 * (group * parts + part) + 1)
+    delta, var = _central(s, q, axes[1] * axes[3], call.center)
+    shift = _shift(call, group)
+    if is_float64(x) and call.center and call.round == 0:
+        store(call.mean, group, shift + delta)
+        return
+    mean = shift + delta
+    good = np.isfinite(q) and (var > 2.0**-900 if is_float64(x) else _is_good(delta, var))
+    if good:
+        rstd = 1.0 / np.sqrt(var + call.eps)
+        _save(call, group, mean, shift - mean + delta, var, rstd)
+    else:
+        mean, residual, var, rstd = _exact_moments(x, axes, group, parts, call.eps, call.center)
+        _save(call, group, mean, residual, var, rstd)
+
+
+@plain
+def _shift(call, group):
+    """What `SPREAD` sums are about: an element of the group, then its rounded mean."""
+    if not call.center:
+        return 0.0
+    if call.round == 0:
+        return np.float64(load(call.x, _origin(call.axes, group)))
+    return load(call.mean, group)
+
+
+@plain
+def _rows_forward(call, first, last):
+    """A unit is a group, its parts are stretches of memory."""
+    x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
+    for task in range(first, last):
+        if stage == SUMS | SPREAD:
+            group = task // parts
+            shift = _shift(call, group)
+            s, q = _part_sums(x, axes, group, task % parts, parts, shift, 1.0, 1.0)
+            store(call.partial, 2 * task, s)
+            store(call.partial, 2 * task + 1, q)
+        elif stage == FINISH:
+            _finish_moments(call, task)
+        elif stage == APPLY | SPREAD:
+            mean, residual, rstd = _saved(call, task // parts)
+            _apply_rows(call, task // parts, task % parts, parts, mean, residual, rstd)
+        else:
+            if stage & SUMS:
+                mean, residual, var, rstd = _moments(x, axes, task, parts, call.eps, call.center)
+                _save(call, task, mean, residual, var, rstd)
+            else:
+                mean, residual, rstd = _saved(call, task)
+            if stage & APPLY:
+                _apply_rows(call, task, 0, 1, mean, residual, rstd)
+
+
+# ------------------------------------------------------------------------------------ rows: backward
+@elementwise
+def _centred(x, i, factor, high, low):
+    """(x - mean)*factor in float64; no sum, so that LLVM may not reassociate it."""
+    return (times(np.float64(load(x, i)), factor, 0) - high) - low
+
+
+@reduction
+def _grad_sums(dy, x, first, last, factor, high, low):
+    """Sums of dy and of dy*(x - mean)*factor."""
+    s = p = 0.0
+    for i in range(first, last):
+        g = np.float64(load(dy, i))
+        s += g
+        p += g * _centred(x, i, factor, high, low)
+    return s, p
+
+
+@reduction
+def _weighted_grad_sums(dy, x, first, last, factor, high, low, gamma, index):
+    """Sums of gamma*dy and of gamma*dy*(x - mean)*factor."""
+    offset = index - first
+    s = p = 0.0
+    for i in range(first, last):
+        g = np.float64(load(dy, i)) * load(gamma, i + offset)
+        s += g
+        p += g * _centred(x, i, factor, high, low)
+    return s, p
+
+
+# dx of a group is a line in x plus scale*dy; all of it divided by the factor, to stay in range.
+@elementwise
+def _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift):
+    for i in range(first, last):
+        line = (times(load(x, i), factor, 0) - high) * slope + shift
+        store(dx, i, times(load(dy, i) * scale + line, factor, 0))
+
+
+@elementwise
+def _dx_many(dy, x, dx, first, last, factor, high, rstd, slope, shift, gamma, index):
+    offset = index - first
+    for i in range(first, last):
+        g = load(dy, i) * load(gamma, i + offset)
+        line = (times(load(x, i), factor, 0) - high) * slope + shift
+        store(dx, i, times(g * rstd + line, factor, 0))
+
+
+@elementwise
+def _dx_and_params(
+    dy, x, dx, first, last, factor, high, rstd, slope, shift, lift, gamma, index, dgamma, dbeta
+):
+    """As `_dx_many`, and dgamma and dbeta gain dy*xhat and dy."""
+    offset = index - first
+    for i in range(first, last):
+        g, d, j = load(dy, i), times(load(x, i), factor, 0) - high, i + offset
+        store(dx, i, times((g * load(gamma, j)) * rstd + (d * slope + shift), factor, 0))
+        store(dgamma, j, load(dgamma, j) + g * (d * rstd + lift))
+        store(dbeta, j, load(dbeta, j) + g)
+
+
+@plain
+def _row_grads(call, group, part, parts):
+    """Sums of gamma*dy and gamma*dy*xhat over one part of a group; of dy, dy*xhat for each run."""
+    dy, x, gamma, sums = call.dy, call.x, call.gamma, call.sums
+    k0, r0, k1, r1, params, span = call.axes
+    mean, residual, rstd = _saved(call, group)
+    factor, high, low, rstd = _centre(x, mean, residual, rstd)
+    run = min(r1, params if span == 1 else span)
+    pieces = (run + CHUNK - 1) // CHUNK
+    count = r0 * (r1 // run) * pieces
+    row, at, inside = 0, 0, 0
+    if parts > 1:
+        begin = part * count // parts
+        count = (part + 1) * count // parts - begin
+        row, at = begin // (r1 // run * pieces), begin % (r1 // run * pieces)
+        at, inside = at // pieces * run, at % pieces * CHUNK
+    origin = _origin(call.axes, group) + row * k1 * r1
+    index, _ = _parameter(call.axes, origin + at)
+    s = p = 0.0
+    for _ in range(count):
+        first = origin + at + inside
+        last = first + min(CHUNK, run - inside)
+        if span == 1:
+            ds, dp = _weighted_grad_sums(
+                dy, x, first, last, factor, high, low, gamma, index + inside
+            )
+            s += ds
+            p += dp
+        else:
+            ds, dp = _grad_sums(dy, x, first, last, factor, high, low)
+            weight = np.float64(load(gamma, index))
+            s += ds * weight
+            p += dp * weight
+            if given(sums):
+                piece = (origin + at) // run * pieces + inside // CHUNK
+                store(sums, 2 * piece, dp * rstd)
+                store(sums, 2 * piece + 1, ds)
+        inside += last - first
+        if inside == run:
+            inside = 0
+            at += run
+            if at == r1:
+                at = 0
+                origin += k1 * r1
+            if count > 1:
+                index, _ = _parameter(call.axes, origin + at)
+    return s, p * rstd
+
+
+@plain
+def _line(call, s, p, low, rstd):
+    """(slope, shift) of the part of dx that is linear in x*factor - high, over the factor."""
+    if call.frozen:
+        return 0.0, 0.0
+    count = call.axes[1] * call.axes[3]
+    slope = -rstd * rstd * (p / count)
+    return slope, (-rstd * (s / count) if call.center else 0.0) - slope * low
+
+
+@plain
+def _apply_row_grads(call, group, part, parts, s, p):
+    """dx of one part of a group."""
+    dy, x, dx, gamma = call.dy, call.x, call.dx, call.gamma
+    k0, r0, k1, r1, params, span = call.axes
+    mean, residual, rstd = _saved(call, group)
+    wide = is_float64(x) or _extreme(rstd)
+    factor, high, low, scaled = _centre(x, mean, residual, rstd)
+    slope, shift = _line(call, s, p, low, scaled)
+    row, at, left = 0, 0, r0 * r1
+    if parts > 1:
+        begin = part * left // parts
+        left = (part + 1) * left // parts - begin
+        row, at = begin // r1, begin % r1
+    origin = _origin(call.axes, group) + row * k1 * r1
+    while left > 0:
+        first = origin + at
+        stop = first + min(left, r1 - at)
+        left -= stop - first
+        index, end_of_run = _parameter(call.axes, first)
+        while first < stop:
+            last = min(stop, end_of_run)
+            if span == 1:
+                if wide:
+                    _dx_many(
+                        dy, x, dx, first, last, factor, high, scaled, slope, shift, gamma, index
+                    )
+                else:
+                    _dx_many(
+                        dy, x, dx, first, last, None, np.float32(high),
+                        np.float32(scaled), np.float32(slope), np.float32(shift), gamma, index,
+                    )  # fmt: skip
+                index = 0
+                end_of_run += params
+            else:
+                scale = scaled * load(gamma, index)
+                if wide:
+                    _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift)
+                else:
+                    _dx_one(
+                        dy, x, dx, first, last, None, np.float32(high),
+                        np.float32(scale), np.float32(slope), np.float32(shift),
+                    )  # fmt: skip
+                index = index + 1 if index + 1 < params else 0
+                end_of_run += span
+            first = last
+        at = 0
+        origin += k1 * r1
+
+
+@plain
+def _rows_backward(call, first, last):
+    """A unit is a group, its parts are stretches of memory."""
+    parts, stage = call.parts, call.stage
+    for task in range(first, last):
+        s = p = 0.0
+        if stage == SUMS | SPREAD:
+            s, p = _row_grads(call, task // parts, task % parts, parts)
+            store(call.partial, 2 * task, s)
+            store(call.partial, 2 * task + 1, p)
+        elif stage == APPLY | SPREAD:
+            group = task // parts
+            for part in range(parts):
+                s += load(call.partial, 2 * (group * parts + part))
+                p += load(call.partial, 2 * (group * parts + part) + 1)
+            _apply_row_grads(call, group, task % parts, parts, s, p)
+        else:
+            if given(call.sums) or not call.frozen:
+                for part in range(parts):
+                    ds, dp = _row_grads(call, task, part, parts)
+                    s += ds
+                    p += dp
+            _apply_row_grads(call, task, 0, 1, s, p)
+
+
+@plain
+def _rows_backward_params(call, first, last):
+    """A task is a block of `parts` rows: dx, and the block's share of dgamma and dbeta."""
+    dy, x, dx, gamma, sums = call.dy, call.x, call.dx, call.gamma, call.sums
+    k0, r0, k1, r1, params, span = call.axes
+    zero = real(x, 0.0)
+    dgamma, dbeta = scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)
+    for block in range(first, last):
+        end = min((block + 1) * call.parts, k0)
+        to = 2 * block * params
+        _fill(sums, to, to + 2 * params, 0.0)
+        for begin in range(block * call.parts, end, ROW_BLOCK):
+            _fill(dgamma, 0, params, zero)
+            _fill(dbeta, 0, params, zero)
+            for row in range(begin, min(begin + ROW_BLOCK, end)):
+                s = p = 0.0
+                if not call.frozen:
+                    s, p = _row_grads(call, row, 0, 1)
+                mean, residual, rstd = _saved(call, row)
+                factor, high, low, scaled = _centre(x, mean, residual, rstd)
+                slope, shift = _line(call, s, p, low, scaled)
+                lift = -low * scaled
+                start, end_of_row = row * r1, (row + 1) * r1
+                while start < end_of_row:
+                    index, stop = _parameter(call.axes, start)
+                    stop = min(stop, end_of_row)
+                    if is_float64(x) or _extreme(rstd):
+                        _dx_and_params(
+                            dy, x, dx, start, stop, factor, high, scaled, slope, shift, lift,
+                            gamma, index, dgamma, dbeta,
+                        )  # fmt: skip
+                    else:
+                        _dx_and_params(
+                            dy, x, dx, start, stop, None, np.float32(high),
+                            np.float32(scaled), np.float32(slope), np.float32(shift),
+                            np.float32(lift), gamma, index, dgamma, dbeta,
+                        )  # fmt: skip
+                    start = stop
+            _add(sums, to, dgamma, 0, params)
+            _add(sums, to + params, dbeta, 0, params)
+
+
+@elementwise
+def _fill(target, first, last, value):
+    for i in range(first, last):
+        store(target, i, value)
+
+
+@elementwise
+def _add(target, at, source, begin, count):
+    for i in range(count):
+        store(target, at + i, load(target, at + i) + load(source, begin + i))
+
+
+# --------------------------------------------------------------------------------- columns: forward
+@plain
+def _slab(axes, unit):
+    """(first group, groups, first column, columns, flat position) of a unit of columns."""
+    k0, r0, k1, r1, params, span = axes
+    size = SLAB // r1
+    slabs = (k1 + size - 1) // size
+    sample, slab = unit // slabs, unit % slabs
+    group = slab * size
+    groups = min(size, k1 - group)
+    column = group * r1
+    return sample * k1 + group, groups, column, groups * r1, sample * r0 * k1 * r1 + column
+
+
+@elementwise
+def _sum_columns(x, at, stride, rows, columns, shift, sums, to):
+    """Add those of `rows` rows to the columns' sums of x - shift, and of its square."""
+    for j in range(columns):
+        k = load(shift, j)
+        s = q = 0.0
+        for row in range(rows):
+            d = np.float64(load(x, at + row * stride + j)) - k
+            s += d
+            q += d * d
+        store(sums, to + j, load(sums, to + j) + s)
+        store(sums, to + SLAB + j, load(sums, to + SLAB + j) + q)
+
+
+@plain
+def _column_sums(call, unit, part, shift, sums, to):
+    """Sums of one part of a slab: a block of rows."""
+    k0, r0, k1, r1, params, span = call.axes
+    _, _, _, columns, origin = _slab(call.axes, unit)
+    row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
+    _fill(sums, to, to + PAIR, 0.0)
+    stride = k1 * r1
+    while row + 8 <= end:  # 8 rows at once: the sums are read and written less often
+        _sum_columns(call.x, origin + row * stride, stride, 8, columns, shift, sums, to)
+        row += 8
+    while row < end:
+        _sum_columns(call.x, origin + row * stride, stride, 1, columns, shift, sums, to)
+        row += 1
+
+
+@plain
+def _column_shift(call, unit, again, mean, shift):
+    """What a slab's columns are summed about: their group's first element, `again` its mean."""
+    r1 = call.axes[3]
+    _, groups, _, _, origin = _slab(call.axes, unit)
+    for i in range(groups):
+        value = 0.0
+        if call.center:
+            value = load(mean, i) if again else np.float64(load(call.x, origin + i * r1))
+        _fill(shift, i * r1, (i + 1) * r1, value)
+
+
+@plain
+def _finish_columns(call, unit, once, shift, sums, mean, residual, rstd):
+    """Moments of a slab's groups from its columns' sums; only the mean if there is more to do."""
+    x, axes, r1 = call.x, call.axes, call.axes[3]
+    group, groups, _, _, _ = _slab(axes, unit)
+    count = axes[1] * r1
+    for i in range(groups):
+        s = q = 0.0
+        for j in range(i * r1, (i + 1) * r1):
+            s += load(sums, j)
+            q += load(sums, SLAB + j)
+        about = load(shift, i * r1)
+        delta, var = _central(s, q, count, call.center)
+        m = about + delta
+        e = about - m + delta
+        r = 1.0 / np.sqrt(var + call.eps)
+        if once:
+            good = var > 2.0**-900 if is_float64(x) else _is_good(delta, var)
+            if not (good and np.isfinite(q)):
+                m, e, var, r = _exact_moments(x, axes, group + i, 1, call.eps, call.center)
+            _save(call, group + i, m, e, var, r)
+        elif given(call.mean):
+            store(call.mean, group + i, m)
+        store(mean, i, m)
+        store(residual, i, e)
+        store(rstd, i, r)
+
+
+@plain
+def _load_slab(call, unit, mean, residual, rstd):
+    group, groups, _, _, _ = _slab(call.axes, unit)
+    for i in range(groups):
+        m, e, r = _saved(call, group + i)
+        store(mean, i, m)
+        store(residual, i, e)
+        store(rstd, i, r)
+
+
+@plain
+def _total(parts, partial, unit, sums):
+    """Sums of a slab from those of its parts."""
+    _fill(sums, 0, PAIR, 0.0)
+    for part in range(parts):
+        _add(sums, 0, partial, PAIR * (unit * parts + part), PAIR)
+
+
+@plain
+def _by_column(axes):
+    """Whether every row of columns has the same parameters."""
+    k0, r0, k1, r1, params, span = axes
+    return k1 * r1 % (params * span) == 0
+
+
+@plain
+def _next_parameter(axes, index, end, at):
+    """`_parameter` of element `at`, given that of the one before."""
+    k0, r0, k1, r1, params, span = axes
+    if span == 1:
+        return (index + 1 if index + 1 < params else 0), end
+    if at < end:
+        return index, end
+    return (index + 1 if index + 1 < params else 0), end + span
+
+
+@plain
+def _prepare_columns(call, unit, mean, residual, rstd, factor, high, scale, shift):
+    """Each column's y = (x*factor - high)*scale + shift; whether that needs float64."""
+    x, axes, r1 = call.x, call.axes, call.axes[3]
+    _, groups, first, _, _ = _slab(axes, unit)
+    wide = is_float64(x)
+    folded = _by_column(axes)
+    index, end = _parameter(axes, first)
+    for i in range(groups):
+        wide |= _extreme(load(rstd, i))
+        f, h, low, r = _centre(x, load(mean, i), load(residual, i), load(rstd, i))
+        for j in range(i * r1, (i + 1) * r1):
+            weight, bias = 1.0, 0.0
+            if folded:
+                weight, bias = np.float64(load(call.gamma, index)), load(call.beta, index)
+                index, end = _next_parameter(axes, index, end, first + j + 1)
+            store(factor, j, f)
+            store(high, j, h)
+            store(scale, j, r * weight)
+            store(shift, j, bias - low * (r * weight))
+    return wide
+
+
+@elementwise
+def _apply_columns(x, y, at, columns, factor, high, scale, shift):
+    for j in range(columns):
+        d = times(load(x, at + j), factor, j) - load(high, j)
+        store(y, at + j, d * load(scale, j) + load(shift, j))
+
+
+@elementwise
+def _apply_columns_one(x, y, at, first, last, factor, high, scale, shift, gamma, beta):
+    for j in range(first, last):
+        d = times(load(x, at + j), factor, j) - load(high, j)
+        z = d * load(scale, j) + load(shift, j)
+        store(y, at + j, z * gamma + beta)
+
+
+@elementwise
+def _apply_columns_many(x, y, at, first, last, factor, high, scale, shift, gamma, beta, index):
+    offset = index - first
+    for j in range(first, last):
+        d = times(load(x, at + j), factor, j) - load(high, j)
+        z = d * load(scale, j) + load(shift, j)
+        store(y, at + j, z * load(gamma, j + offset) + load(beta, j + offset))
+
+
+@plain
+def _apply_rows_of_columns(call, unit, row, end, factor, high, scale, shift):
+    """y of rows row..end of a slab; float32 arithmetic if there is no `factor`."""
+    x, y, axes = call.x, call.y, call.axes
+    k0, r0, k1, r1, params, span = axes
+    _, _, _, columns, origin = _slab(axes, unit)
+    folded = _by_column(axes)
+    for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
+        if folded:
+            _apply_columns(x, y, at, columns, factor, high, scale, shift)
+            continue
+        first = 0
+        while first < columns:
+            index, end_of_run = _parameter(axes, at + first)
+            last = min(columns, end_of_run - at)
+            if span == 1:
+                _apply_columns_many(
+                    x, y, at, first, last, factor, high, scale, shift, call.gamma, call.beta, index
+                )
+            else:
+                gamma, beta = load(call.gamma, index), load(call.beta, index)
+                _apply_columns_one(
+                    x, y, at, first, last, factor, high, scale, shift, gamma, beta
+                )
+            first = last
+
+
+@plain
+def _columns_forward(call, first, last):
+    """A unit is a slab of columns, its parts are blocks of rows."""
+    x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
+    shift, sums, part_sums = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, PAIR)
+    mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    scale, lift = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    one = np.float32(1.0)
+    narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
+    rounds = 2 if is_float64(x) and call.center else 1
+    for task in range(first, last):
+        unit, part = task, 0
+        if stage & SPREAD:
+            unit, part = task // parts, task % parts
+        if stage == SUMS | SPREAD:
+            if call.round:
+                _load_slab(call, unit, mean, residual, rstd)
+            _column_shift(call, unit, call.round == 1, mean, shift)
+            _column_sums(call, unit, part, shift, call.partial, PAIR * task)
+            continue
+        if stage == FINISH:
+            if call.round:
+                _load_slab(call, unit, mean, residual, rstd)
+            _column_shift(call, unit, call.round == 1, mean, shift)
+            _total(parts, call.partial, unit, sums)
+            once = call.round == rounds - 1
+            _finish_columns(call, unit, once, shift, sums, mean, residual, rstd)
+            continue
+        if stage & SUMS:
+            for again in range(rounds):
+                _column_shift(call, unit, again == 1, mean, shift)
+                _fill(sums, 0, PAIR, 0.0)
+                for i in range(parts):
+                    _column_sums(call, unit, i, shift, part_sums, 0)
+                    _add(sums, 0, part_sums, 0, PAIR)
+                once = again == rounds - 1
+                _finish_columns(call, unit, once, shift, sums, mean, residual, rstd)
+        else:
+            _load_slab(call, unit, mean, residual, rstd)
+        if stage & APPLY:
+            row, end = 0, r0
+            if stage & SPREAD:
+                row, end = part * r0 // parts, (part + 1) * r0 // parts
+            if _prepare_columns(call, unit, mean, residual, rstd, factor, high, scale, lift):
+                _apply_rows_of_columns(call, unit, row, end, factor, high, scale, lift)
+            else:
+                _copy(high, narrow[0])
+                _copy(scale, narrow[1])
+                _copy(lift, narrow[2])
+                _apply_rows_of_columns(call, unit, row, end, None, *narrow)
+
+
+@elementwise
+def _copy(source, target):
+    for j in range(SLAB):
+        store(target, j, load(source, j))
+
+
+# -------------------------------------------------------------------------------- columns: backward
+@elementwise
+def _centred_column(x, i, factor, high, low, j):
+    """(x - mean)*factor in float64."""
+    d = np.float64(load(x, i))
+    if is_float64(x):
+        d *= load(factor, j)
+    return (d - load(high, j)) - load(low, j)
+
+
+@elementwise
+def _sum_column_grads(dy, x, at, stride, rows, columns, factor, high, low, sums, to):
+    """Add those of `rows` rows to the columns' sums of dy and of dy*(x - mean)*factor."""
+    for j in range(columns):
+        s = p = 0.0
+        for row in range(rows):
+            g = np.float64(load(dy, at + row * stride + j))
+            s += g
+            p += g * _centred_column(x, at + row * stride + j, factor, high, low, j)
+        store(sums, to + j, load(sums, to + j) + s)
+        store(sums, to + SLAB + j, load(sums, to + SLAB + j) + p)
+
+
+@elementwise
+def _sum_column_grads_one(dy, x, at, first, last, factor, high, low, gamma, sums, to):
+    """One row, weighted by the one parameter of columns first..last."""
+    for j in range(first, last):
+        g = np.float64(load(dy, at + j)) * gamma
+        p = g * _centred_column(x, at + j, factor, high, low, j)
+        store(sums, to + j, load(sums, to + j) + g)
+        store(sums, to + SLAB + j, load(sums, to + SLAB + j) + p)
+
+
+@elementwise
+def _sum_column_grads_many(dy, x, at, first, last, factor, high, low, gamma, index, sums, to):
+    """One row, weighted by a parameter for each column."""
+    offset = index - first
+    for j in range(first, last):
+        g = np.float64(load(dy, at + j)) * load(gamma, j + offset)
+        p = g * _centred_column(x, at + j, factor, high, low, j)
+        store(sums, to + j, load(sums, to + j) + g)
+        store(sums, to + SLAB + j, load(sums, to + SLAB + j) + p)
+
+
+@plain
+def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
+    """Gradient sums of one part of a slab; weighted by gamma if that differs between rows."""
+    dy, x, axes = call.dy, call.x, call.axes
+    k0, r0, k1, r1, params, span = axes
+    _, _, _, columns, origin = _slab(axes, unit)
+    row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
+    _fill(sums, to, to + PAIR, 0.0)
+    stride = k1 * r1
+    if _by_column(axes):
+        while row + 4 <= end:
+            at = origin + row * stride
+            _sum_column_grads(dy, x, at, stride, 4, columns, factor, high, low, sums, to)
+            row += 4
+        while row < end:
+            at = origin + row * stride
+            _sum_column_grads(dy, x, at, stride, 1, columns, factor, high, low, sums, to)
+            row += 1
+        return
+    for at in range(origin + row * stride, origin + end * stride, stride):
+        first = 0
+        while first < columns:
+            index, end_of_run = _parameter(axes, at + first)
+            last = min(columns, end_of_run - at)
+            if span == 1:
+                _sum_column_grads_many(
+                    dy, x, at, first, last, factor, high, low, call.gamma, index, sums, to
+                )
+            else:
+                gamma = np.float64(load(call.gamma, index))
+                _sum_column_grads_one(
+                    dy, x, at, first, last, factor, high, low, gamma, sums, to
+                )
+            first = last
+
+
+@plain
+def _centre_columns(call, unit, factor, high, low, rstd):
+    """`_centre` for each column of a slab; whether dx needs float64."""
+    x, r1 = call.x, call.axes[3]
+    group, groups, _, _, _ = _slab(call.axes, unit)
+    wide = is_float64(x)
+    for i in range(groups):
+        mean, residual, r = _saved(call, group + i)
+        wide |= _extreme(r)
+        f, h, e, r = _centre(x, mean, residual, r)
+        first, last = i * r1, (i + 1) * r1
+        _fill(factor, first, last, f)
+        _fill(high, first, last, h)
+        _fill(low, first, last, e)
+        _fill(rstd, first, last, r)
+    return wide
+
+
+@plain
+def _prepare_column_grads(call, unit, low, rstd, sums, scale, slope, shift):
+    """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
+    axes, r1 = call.axes, call.axes[3]
+    _, groups, first, _, _ = _slab(axes, unit)
+    folded = _by_column(axes)
+    index, end = _parameter(axes, first)
+    for i in range(groups):
+        s = p = 0.0
+        r = load(rstd, i * r1)
+        for j in range(i * r1, (i + 1) * r1):
+            weight = 1.0
+            if folded:
+                weight = np.float64(load(call.gamma, index))
+                index, end = _next_parameter(axes, index, end, first + j + 1)
+            s += weight * load(sums, j)
+            p += weight * load(sums, SLAB + j)
+            store(scale, j, r * weight)
+        a, b = _line(call, s, p * r, load(low, i * r1), r)
+        _fill(slope, i * r1, (i + 1) * r1, a)
+        _fill(shift, i * r1, (i + 1) * r1, b)
+
+
+@elementwise
+def _dx_columns(dy, x, dx, at, columns, factor, high, scale, slope, shift):
+    for j in range(columns):
+        d = times(load(x, at + j), factor, j) - load(high, j)
+        line = d * load(slope, j) + load(shift, j)
+        store(dx, at + j, times(load(dy, at + j) * load(scale, j) + line, factor, j))
+
+
+@elementwise
+def _dx_columns_one(dy, x, dx, at, first, last, factor, high, scale, slope, shift, gamma):
+    for j in range(first, last):
+        d = times(load(x, at + j), factor, j) - load(high, j)
+        line = d * load(slope, j) + load(shift, j)
+        store(dx, at + j, times((load(dy, at + j) * gamma) * load(scale, j) + line, factor, j))
+
+
+@elementwise
+def _dx_columns_many(dy, x, dx, at, first, last, factor, high, scale, slope, shift, gamma, index):
+    offset = index - first
+    for j in range(first, last):
+        d = times(load(x, at + j), factor, j) - load(high, j)
+        line = d * load(slope, j) + load(shift, j)
+        store(dx, at + j, times((load(dy, at + j) * load(gamma, j + offset)) * load(scale, j) + line, factor, j))
+
+
+@plain
+def _apply_column_grads(call, unit, row, end, factor, high, scale, slope, shift):
+    """dx of rows row..end of a slab; float32 arithmetic if there is no `factor`."""
+    dy, x, dx, axes = call.dy, call.x, call.dx, call.axes
+    k0, r0, k1, r1, params, span = axes
+    _, _, _, columns, origin = _slab(axes, unit)
+    folded = _by_column(axes)
+    for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
+        if folded:
+            _dx_columns(dy, x, dx, at, columns, factor, high, scale, slope, shift)
+            continue
+        first = 0
+        while first < columns:
+            index, end_of_run = _parameter(axes, at + first)
+            last = min(columns, end_of_run - at)
+            if span == 1:
+                _dx_columns_many(
+                    dy, x, dx, at, first, last, factor, high, scale, slope, shift, call.gamma, index
+                )
+            else:
+                gamma = load(call.gamma, index)
+                _dx_columns_one(
+                    dy, x, dx, at, first, last, factor, high, scale, slope, shift, gamma
+                )
+            first = last
+
+
+@plain
+def _columns_backward(call, first, last):
+    """A unit is a slab of columns, its parts are blocks of rows."""
+    parts, stage, r0 = call.parts, call.stage, call.axes[1]
+    sums, part_sums = scratch(0.0, PAIR), scratch(0.0, PAIR)
+    factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    scale, slope, shift = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    one = np.float32(1.0)
+    narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
+    for task in range(first, last):
+        unit, part = task, 0
+        if stage & SPREAD:
+            unit, part = task // parts, task % parts
+        wide = _centre_columns(call, unit, factor, high, low, rstd)
+        if stage == SUMS | SPREAD:
+            to = PAIR * task
+            _column_grad_sums(call, unit, part, factor, high, low, call.partial, to)
+            continue
+        row, end = 0, r0
+        if stage & SPREAD:
+            row, end = part * r0 // parts, (part + 1) * r0 // parts
+            _total(parts, call.partial, unit, sums)
+        else:
+            _fill(sums, 0, PAIR, 0.0)
+            if given(call.sums) or not call.frozen:
+                for i in range(parts):
+                    _column_grad_sums(call, unit, i, factor, high, low, part_sums, 0)
+                    _add(sums, 0, part_sums, 0, PAIR)
+        if given(call.sums) and part == 0:
+            _save_column_sums(call, unit, rstd, sums)
+        _prepare_column_grads(call, unit, low, rstd, sums, scale, slope, shift)
+        if wide:
+            _apply_column_grads(call, unit, row, end, factor, high, scale, slope, shift)
+        else:
+            _copy(high, narrow[0])
+            _copy(scale, narrow[1])
+            _copy(slope, narrow[2])
+            _copy(shift, narrow[3])
+            _apply_column_grads(call, unit, row, end, None, *narrow)
+
+
+@plain
+def _save_column_sums(call, unit, rstd, sums):
+    """Sums of dy*xhat and of dy down each column: call.sums is (k0, k1*r1, 2)."""
+    k0, r0, k1, r1, params, span = call.axes
+    group, _, first, columns, _ = _slab(call.axes, unit)
+    to = group // k1 * k1 * r1 + first
+    for j in range(columns):
+        store(call.sums, 2 * (to + j), load(sums, SLAB + j) * load(rstd, j))
+        store(call.sums, 2 * (to + j) + 1, load(sums, j))
+
+
+# ------------------------------------------------------------------- parameter gradients, the rest
+@reduction
+def _column_param_sums(dy, x, first, count, mean, residual, rstd, group):
+    """Sums of dy*xhat and of dy, each element being of a group of its own."""
+    s = p = 0.0
+    for j in range(count):
+        g = np.float64(load(dy, first + j))
+        m, r = load(mean, group + j), load(rstd, group + j)
+        e = load(residual, group + j) if is_float64(x) else 0.0
+        factor, high, low, scaled = _centre(x, m, e, r)
+        s += g
+        p += g * (_centred(x, first + j, factor, high, low) * scaled)
+    return p, s
+
+
+@plain
+def _param_sums(call, first, last):
+    """Sums of dy*xhat and dy over runs first..last that share a parameter: (runs, 2)."""
+    dy, x, axes = call.dy, call.x, call.axes
+    k0, r0, k1, r1, params, span = axes
+    for run in range(first, last):
+        s = p = 0.0
+        at, end = run * span, (run + 1) * span
+        while at < end:
+            column = at % (k1 * r1)
+            group = at // (r0 * k1 * r1) * k1 + column // r1
+            if r1 == 1:
+                stop = min(end, at + k1 - column)
+                dp, ds = _column_param_sums(
+                    dy, x, at, stop - at, call.mean, call.residual, call.rstd, group
+                )
+            else:
+                stop = min(end, at + r1 - column % r1)
+                mean, residual, rstd = _saved(call, group)
+                factor, high, low, scaled = _centre(x, mean, residual, rstd)
+                ds, dp = _grad_sums(dy, x, at, stop, factor, high, low)
+                dp *= scaled
+            s += ds
+            p += dp
+            at = stop
+        store(call.sums, 2 * run, p)
+        store(call.sums, 2 * run + 1, s)
+
+
+@plain
+def _long_row_params(call, first, last):
+    """dgamma and dbeta of slabs of a long row's parameters, down all rows: (2, params)."""
+    dy, x, axes = call.dy, call.x, call.axes
+    k0, r0, k1, r1, params, span = axes
+    dgamma, dbeta = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    for slab in range(first, last):
+        begin = slab * SLAB
+        count = min(SLAB, params - begin)
+        _fill(dgamma, 0, SLAB, 0.0)
+        _fill(dbeta, 0, SLAB, 0.0)
+        for start in range(begin, k0 * r1, params):
+            at, end = start, min(start + count, k0 * r1)
+            while at < end:
+                stop = min(end, (at // r1 + 1) * r1)
+                mean, residual, rstd = _saved(call, at // r1)
+                factor, high, low, scaled = _centre(x, mean, residual, rstd)
+                _add_param_grads(
+                    dy, x, at, stop, factor, high, scaled, -low * scaled, dgamma, dbeta, at - start
+                )
+                at = stop
+        _fill(call.sums, begin, begin + count, 0.0)
+        _fill(call.sums, params + begin, params + begin + count, 0.0)
+        _add(call.sums, begin, dgamma, 0, count)
+        _add(call.sums, params + begin, dbeta, 0, count)
+
+
+@elementwise
+def _add_param_grads(dy, x, first, last, factor, high, rstd, lift, dgamma, dbeta, index):
+    offset = index - first
+    for i in range(first, last):
+        g = np.float64(load(dy, i))
+        xhat = (times(np.float64(load(x, i)), factor, 0) - high) * rstd + lift
+        store(dgamma, i + offset, load(dgamma, i + offset) + g * xhat)
+        store(dbeta, i + offset, load(dbeta, i + offset) + g)
+
+
+# ----------------------------------------------------------------------------------------- compiled
+# One C function each, so that a pointer to it is all that the threads need: the same machine code
+# runs on one thread and on many.
+def rows_forward(call, first, last):
+    _rows_forward(_behind(call), first, last)
+
+
+def columns_forward(call, first, last):
+    _columns_forward(_behind(call), first, last)
+
+
+def rows_backward(call, first, last):
+    _rows_backward(_behind(call), first, last)
+
+
+def rows_backward_params(call, first, last):
+    _rows_backward_params(_behind(call), first, last)
+
+
+def columns_backward(call, first, last):
+    _columns_backward(_behind(call), first, last)
+
+
+def param_sums(call, first, last):
+    _param_sums(_behind(call), first, last)
+
+
+def long_row_params(call, first, last):
+    _long_row_params(_behind(call), first, last)
+
+
+@njit(nogil=True, cache=True)
+def enter(kernel, call, tasks):
+    """Run all tasks of a kernel on this thread."""
+    call_at(kernel, address_of(call), 0, tasks)
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def _share(kernel, call, tasks, threads):
+    for thread in prange(threads):
+        call_at(kernel, call, thread * tasks // threads, (thread + 1) * tasks // threads)
+
+
+@njit(nogil=True, cache=True)
+def enter_parallel(kernel, call, tasks, threads):
+    """Run the tasks of a kernel on several threads, an equal share each."""
+    _share(kernel, address_of(call), tasks, threads)
+
+
+def _fields(kind: type, x: str, dy: str) -> list[Any]:
+    """Types of a call's fields; pointers by the role of what they point to."""
+    real = "float64" if x == "float64" else "float32"
+    element = {
+        "x": Pointer(x), "y": Pointer(x, "out"), "dy": Pointer(dy), "dx": Pointer(x, "out"),
+        "gamma": Pointer(real), "beta": Pointer(real),
+        "mean": Pointer("float64", "scratch"), "residual": Pointer("float64", "scratch"),
+        "rstd": Pointer("float64", "scratch"), "var": Pointer("float64", "scratch"),
+        "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
+        "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
+        "center": types.boolean, "frozen": types.boolean,
+    }  # fmt: skip
+    return [element.get(field, types.int64) for field in kind._fields]  # type: ignore[attr-defined]
+
+
+@cache
+def compiled(kernel: Any, kind: type, x: str, dy: str) -> tuple[int, Any, Any]:
+    """(address, run on this thread, run on several) of a kernel for its dtypes."""
+    fields = _fields(kind, x, dy)
+    call = types.CPointer(types.NamedTuple(fields, kind))
+    function = cfunc(types.void(call, types.int64, types.int64), cache=True)(kernel)
+    plain_call = types.Tuple([Pointer() if isinstance(f, Pointer) else f for f in fields])
+    serial = _entry(enter, types.int64, plain_call, types.int64)
+    return function.address, serial, lambda: _entry(
+        enter_parallel, types.int64, plain_call, types.int64, types.int64
+    )
+
+
+@cache
+def _entry(function: Any, *arguments: Any) -> Any:
+    """The compiled function itself, without Numba's dispatch by argument types."""
+    function.compile(arguments)
+    return function.overloads[arguments].entry_point
