@@ -171,11 +171,8 @@ class Layout:
     order: Ints  #: axes of `roles.shape` as they lie in memory
     window: Ints  #: the neighbouring axes that the packed parameters span, in memory order
     param_shape: Ints  #: the shape that gamma and beta must have
+    kept: Ints  #: axes that statistics are kept over, in memory order
     copies: str  #: why x has to be copied; "" for a layout that fits
-
-    @property
-    def _kept(self) -> Ints:
-        return tuple(a for a in self.order if a not in self.roles.reduced)
 
     def view(self, array: Any) -> Any:
         """`array` (of x's shape) with its axes in memory order: a view."""
@@ -202,13 +199,17 @@ class Layout:
 
     def pack_groups(self, values: Any, xp: Any) -> Any:
         """One value a group, shaped like x at the kept axes, as a (groups,) array."""
-        kept = self._kept
+        kept = self.kept
+        if len(kept) == 1:
+            return xp.ascontiguousarray(values)
         array = values.reshape([self.roles.shape[a] for a in sorted(kept)])
         return xp.ascontiguousarray(array.transpose([sorted(kept).index(a) for a in kept])).ravel()
 
     def unpack_groups(self, values: Any) -> Any:
         """A (groups,) array shaped like x at the kept axes, ascending."""
-        kept = self._kept
+        kept = self.kept
+        if len(kept) == 1:
+            return values
         array = values.reshape([self.roles.shape[a] for a in kept])
         return array.transpose([kept.index(a) for a in sorted(kept)])
 
@@ -268,4 +269,5 @@ def layout(shape: Ints, strides: Ints, itemsize: int, rule: Rule, *args: object)
         param_shape: Ints = (shape[roles.split[0]],)
     else:
         param_shape = tuple(shape[a] for a in roles.params)
-    return Layout(axes, roles, order, window, param_shape, copies)
+    kept = tuple(a for a in order if a not in roles.reduced)
+    return Layout(axes, roles, order, window, param_shape, kept, copies)

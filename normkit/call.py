@@ -27,6 +27,8 @@ ARITHMETIC = {
     "float64": np.float64,
 }
 
+_RUNNING = (np.dtype(np.float32), np.dtype(np.float64))
+
 Meta = tuple[Ints, Ints, Any]  # shape, strides, dtype: all that validation of an array looks at
 
 
@@ -60,6 +62,7 @@ def number(argument: str, value: object, low: float, high: float = float("inf"))
     return float(value)
 
 
+@lru_cache(maxsize=64)
 def _arithmetic(argument: str, dtype: Any) -> type:
     if dtype.name not in ARITHMETIC:
         raise TypeError(
@@ -133,6 +136,10 @@ class Call:
         For any wrong argument, before anything is computed.
     """
 
+    __slots__ = (
+        "backend", "beta", "center", "eps", "frozen", "gamma", "out", "plan", "running", "x",
+    )  # fmt: skip
+
     def __init__(
         self,
         x: Array,
@@ -196,7 +203,7 @@ class Call:
                 gamma, beta = _affine(gamma, beta, r, d)
             backend.normalize(packed, axes, stats, gamma, beta, target)
         if running is not None and not self.frozen:
-            self._update(running, stats, xp)
+            self._update(running, stats)
         if target is not view:
             view[...] = target
         return y, stats, r, d
@@ -232,11 +239,9 @@ class Call:
         return gamma, beta
 
     def _given(self, running: Running, xp: Any) -> Stats:
-        wide = np.float64
-        mean = self.plan.layout.pack_groups(running.mean, xp).astype(wide)
-        spread = self.plan.layout.pack_groups(running.spread, xp).astype(wide)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return Stats(mean, 1 / (spread if running.clip else xp.sqrt(spread + self.eps)))
+        pack = self.plan.layout.pack_groups
+        mean, spread = pack(running.mean, xp), pack(running.spread, xp)
+        return self.backend.given(mean, spread, None if running.clip else self.eps)
 
     def _renorm(self, running: Running, stats: Stats, xp: Any) -> tuple[Array, Array]:
         """r and d of Batch Renormalization, constants for the gradient."""
@@ -244,30 +249,31 @@ class Call:
         r_max, d_max = running.clip
         given = self._given(running, xp)
         with np.errstate(all="ignore"):
-            # xp.clip would pass NaN too, but not r_max = inf times a zero
             r = xp.clip(given.rstd / stats.rstd, 1 / r_max, r_max)
             d = xp.clip((stats.mean - given.mean) * given.rstd, -d_max, d_max)
-        r = xp.ones_like(r) if r_max == 1 else r
-        d = xp.zeros_like(d) if d_max == 0 else d
-        pack = self.plan.layout
-        return tuple(pack.pack_param(pack.unpack_groups(v), xp) for v in (r, d))  # type: ignore
+        if r_max == 1:  # whatever the running statistics hold
+            r = xp.ones_like(r)
+        if d_max == 0:
+            d = xp.zeros_like(d)
+        layout = self.plan.layout
+        return (
+            layout.pack_param(layout.unpack_groups(r), xp),
+            layout.pack_param(layout.unpack_groups(d), xp),
+        )
 
-    def _update(self, running: Running, stats: Stats, xp: Any) -> None:
-        layout, momentum = self.plan.layout, running.momentum
-        count = layout.axes.count
-        with np.errstate(all="ignore"):
-            if running.clip:
-                spread = 1 / stats.rstd.astype(np.float64)
-            else:
-                assert stats.var is not None
-                spread = stats.var.astype(np.float64) * (count / (count - 1))
-            new = []
-            for old, value in ((running.mean, stats.mean), (running.spread, spread)):
-                value = layout.unpack_groups(value)
-                if value.ndim > old.ndim:  # instance norm: one statistic per sample and channel
-                    value = value.mean(axis=0)
-                new.append(old + momentum * (value - old))
-            running.mean[...], running.spread[...] = new
+    def _update(self, running: Running, stats: Stats) -> None:
+        layout = self.plan.layout
+        count, factor = layout.axes.count, 1.0
+        if running.clip:
+            spread = 1 / stats.rstd
+        else:
+            spread, factor = stats.var, count / (count - 1)
+        mean, spread = layout.unpack_groups(stats.mean), layout.unpack_groups(spread)
+        if mean.ndim > running.mean.ndim:  # instance norm: statistics per sample and channel
+            mean, spread = mean.mean(axis=0), spread.mean(axis=0)
+        self.backend.average(
+            (running.mean, running.spread), (mean, spread), factor, running.momentum
+        )
 
 
 class Pullback:
@@ -465,19 +471,42 @@ def _like(argument: str, array: Any, x: Array) -> Array:
     return array
 
 
-def _overlap(a: Array, b: Array | None, xp: Any) -> bool:
-    if b is None or not xp.may_share_memory(a, b):
-        return False
-    return xp is not np or np.shares_memory(a, b)
+def _owner(array: Any) -> Any:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share memory."""
+    xp = namespace(a)
+    return bool(np.shares_memory(a, b) if xp is np else xp.may_share_memory(a, b))
+
+
+def _apart(*arrays: Any) -> bool:
+    """Whether each array plainly has memory of its own: much cheaper than asking for overlaps."""
+    owners = set()
+    given = 0
+    for array in arrays:
+        if array is None:
+            continue
+        if type(array) is not np.ndarray:
+            return False
+        given += 1
+        owner = array if array.base is None else _owner(array)
+        if owner.base is None:
+            owners.add(id(owner))
+    return len(owners) == given
 
 
 def _same_memory(a: Array, b: Array) -> bool:
     """Whether two arrays are one: the same elements at the same addresses."""
     if a is b:
         return True
+    if _meta(a) != _meta(b) or _apart(a, b):
+        return False
     address = "__array_interface__" if isinstance(a, np.ndarray) else "__cuda_array_interface__"
-    here, there = getattr(a, address)["data"][0], getattr(b, address)["data"][0]
-    return bool(here == there) and _meta(a) == _meta(b)
+    return bool(getattr(a, address)["data"][0] == getattr(b, address)["data"][0])
 
 
 def _writeable(argument: str, array: Array) -> None:
@@ -488,15 +517,12 @@ def _writeable(argument: str, array: Array) -> None:
 
 def _check_running(running: Running, call: Call) -> Running:
     """`running` checked against x; nothing of it is touched."""
-    xp = namespace(call.x)
-    shape = call.plan.layout.param_shape
-    found = {}
-    for argument, array in (
-        ("running_mean", running.mean),
-        (running.spread_name, running.spread),
-    ):
-        array = _like(argument, array, call.x)
-        if array.dtype.name not in ("float32", "float64"):
+    mean = _like("running_mean", running.mean, call.x)
+    spread = _like(running.spread_name, running.spread, call.x)
+    shape, axes = call.plan.layout.param_shape, call.plan.layout.axes
+    both = (("running_mean", mean), (running.spread_name, spread))
+    for argument, array in both:
+        if array.dtype not in _RUNNING and array.dtype.name not in ("float32", "float64"):
             raise TypeError(
                 f"{argument} has dtype {array.dtype}: expected float32 or float64; "
                 f'convert it first, for example {argument}.astype("float32")'
@@ -506,25 +532,31 @@ def _check_running(running: Running, call: Call) -> Running:
                 f"{argument} has shape {array.shape}: expected {shape} "
                 f"for x of shape {call.x.shape}"
             )
-        found[argument] = array
-    mean, spread = found.values()
+        if not call.frozen:
+            _writeable(argument, array)
+    if mean is not running.mean or spread is not running.spread:
+        running = running._replace(mean=mean, spread=spread)
     if call.frozen:
-        return running._replace(mean=mean, spread=spread)
-    for argument, array in found.items():
-        _writeable(argument, array)
-        for other, b in (("x", call.x), ("gamma", call.gamma), ("beta", call.beta)):
-            if _overlap(array, b, xp):
-                raise ValueError(f"{argument} overlaps {other}: it is updated in place, so copy it")
-    if _overlap(mean, spread, xp):
-        raise ValueError(f"running_mean overlaps {running.spread_name}: give each its own array")
-    axes = call.plan.layout.axes
+        return running
+    if not _apart(mean, spread, call.x, call.gamma, call.beta):
+        inputs = (("x", call.x), ("gamma", call.gamma), ("beta", call.beta))
+        for argument, array in both:
+            for name, other in inputs:
+                if other is not None and _overlap(array, other):
+                    raise ValueError(
+                        f"{argument} overlaps {name}: it is updated in place, so copy it"
+                    )
+        if _overlap(mean, spread):
+            raise ValueError(
+                f"running_mean overlaps {running.spread_name}: give each its own array"
+            )
     if running.clip is None and axes.count == 1 and call.x.size:
         raise ValueError(
             f"running_var cannot be updated from groups of one element (x has shape "
             f"{call.x.shape}): its unbiased variance divides by m - 1 = 0; give more elements, "
             "or pass training=False"
         )
-    return running._replace(mean=mean, spread=spread)
+    return running
 
 
 def _check_out(out: Array, call: Call) -> Array:
@@ -536,21 +568,20 @@ def _check_out(out: Array, call: Call) -> Array:
             f"{x.shape} and {x.dtype}"
         )
     _writeable("out", out)
-    xp = namespace(x)
     others = [("gamma", call.gamma), ("beta", call.beta)]
     if not _same_memory(out, x):
         others.append(("x", x))
     if call.running is not None:
-        others += [
-            ("running_mean", call.running.mean),
-            (call.running.spread_name, call.running.spread),
-        ]
-    for argument, array in others:
-        if _overlap(out, array, xp):
-            raise ValueError(
-                f"out overlaps {argument}: give an array of its own"
-                + (", or x itself" if argument == "x" else "")
-            )
+        others.append(("running_mean", call.running.mean))
+        others.append((call.running.spread_name, call.running.spread))
+    others = [(argument, array) for argument, array in others if array is not None]
+    if not _apart(out, *(array for _, array in others)):
+        for argument, array in others:
+            if _overlap(out, array):
+                raise ValueError(
+                    f"out overlaps {argument}: give an array of its own"
+                    + (", or x itself" if argument == "x" else "")
+                )
     return out
 
 

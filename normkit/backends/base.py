@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from normkit.axes import Axes
 
 Array = Any  # NumPy, CuPy or a third party's: typed by what it can do, not by what it is
@@ -83,3 +85,28 @@ class Backend(ABC):
         stats = self.moments(x, axes, eps=eps, center=center)
         self.normalize(x, axes, stats, gamma, beta, y)
         return stats
+
+    def given(self, mean: Array, spread: Array, eps: float | None) -> Stats:
+        """Statistics from a given mean and variance or, with `eps` None, standard deviation."""
+        mean, spread = mean.astype(np.float64), spread.astype(np.float64)
+        with np.errstate(all="ignore"):
+            return Stats(mean, 1 / (spread if eps is None else (spread + eps) ** 0.5))
+
+    def average(
+        self,
+        old: tuple[Array, Array],
+        new: tuple[Array, Array],
+        factor: float,
+        momentum: float,
+    ) -> None:
+        """``old += momentum * (new - old)`` for mean and spread, the new spread times `factor`.
+
+        On an error neither has changed.
+        """
+        mean, spread = (array.astype(np.float64) for array in new)
+        with np.errstate(all="ignore"):
+            results = [
+                a + momentum * (b - a) for a, b in zip(old, (mean, spread * factor), strict=True)
+            ]
+            for a, result in zip(old, results, strict=True):
+                a[...] = result

@@ -21,6 +21,8 @@ _RUN = 1024  #: runs of parameters are repeated up to this length
 class Work(NamedTuple):
     """How the kernels go about one geometry; a function of a group's shape, not of the batch."""
 
+    dtype: str
+    real: Any  #: dtype of the arithmetic
     rows: bool  #: family of kernels: rows or columns
     axes: Axes  #: as given, but for `repeat` and `tile`
     repeat: int  #: each parameter is repeated so often, to make short runs vectors of parameters,
@@ -28,9 +30,14 @@ class Work(NamedTuple):
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
 
+    def spread(self, threads: int) -> bool:
+        """Whether the parts of a unit should be shared by threads, for want of units."""
+        few = self.units < 4 * threads and self.units % threads
+        return threads > 1 and self.parts > 1 and bool(few)
+
 
 @lru_cache(maxsize=4096)
-def _work(axes: Axes) -> Work:
+def _work(axes: Axes, dtype: Any) -> Work:
     k0, r0, k1, r1, params, span = axes
     rows = r0 == 1 or r1 >= _SHORT
     repeat = tile = 1
@@ -47,31 +54,34 @@ def _work(axes: Axes) -> Work:
     else:
         groups = k.SLAB // r1
         units, elements = k0 * -(-k1 // groups), r0 * min(k1 * r1, k.SLAB)
-    parts = max(1, min(_MOST_PARTS, elements // _PART, r0 if not rows else elements))
-    return Work(rows, Axes(k0, r0, k1, r1, params, span), repeat, tile, units, parts)
+    parts = max(1, min(_MOST_PARTS, elements // _PART, elements if rows else r0))
+    real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    axes = Axes(k0, r0, k1, r1, params, span)
+    return Work(dtype.name, real, rows, axes, repeat, tile, units, parts)
+
+
+@lru_cache(maxsize=64)
+def _name(dtype: Any) -> str:
+    return str(dtype.name)
 
 
 @lru_cache(maxsize=256)
-def _constant(value: float, count: int, real: str) -> Array:
+def _constant(value: float, count: int, real: Any) -> Array:
     constant = np.full(count, value, real)
     constant.flags.writeable = False
     return constant
 
 
-def _param(param: Array | None, default: float, work: Work, real: str) -> Array:
+def _param(param: Array | None, default: float, work: Work) -> Array:
     """gamma or beta as the kernels read it."""
     if param is None:
-        return _constant(default, work.axes.params, real)
-    if param.dtype != real:
+        return _constant(default, work.axes.params, work.real)
+    if param.dtype != work.real:
         with np.errstate(over="ignore"):
-            param = param.astype(real)
+            param = param.astype(work.real)
     if work.repeat > 1:
         param = param.repeat(work.repeat)
     return np.tile(param, work.tile) if work.tile > 1 else param
-
-
-def _real(x: Array) -> str:
-    return "float64" if x.dtype == np.float64 else "float32"
 
 
 class Numba(Backend):
@@ -119,35 +129,33 @@ class Numba(Backend):
         stage: int,
         keep: bool,
     ) -> Stats | None:
-        work, real = _work(axes), _real(x)
-        pool, parts, units = self._pool, work.parts, work.units
-        gamma, beta = _param(gamma, 1.0, work, real), _param(beta, 0.0, work, real)
-        kernel = k.compiled(
-            k.rows_forward if work.rows else k.columns_forward, k.Forward, x.dtype.name, ""
-        )
-        threads = pool.threads(x.size)
-        spread = threads > 1 and parts > 1 and units < 4 * threads and units % threads
-        double = real == "float64"
+        work = _work(axes, x.dtype)
+        gamma, beta = _param(gamma, 1.0, work), _param(beta, 0.0, work)
+        threads = self._pool.threads(x.size)
+        spread = work.spread(threads)
         if stats is None and (keep or spread):
-            values = np.empty((4 if double else 3, axes.groups))
-            stats = Stats(values[0], values[1], values[2], values[3] if double else None)
+            values = np.empty((4, axes.groups))
+            exact = work.real == np.float32  # then the mean has no residual
+            stats = Stats(values[0], values[1], values[2], None if exact else values[3])
         mean, rstd, var, residual = stats or (None, None, None, None)
-
-        def run(stage: int, tasks: int, sums: Array | None = None, again: int = 0) -> None:
-            call = (x, y, gamma, beta, mean, residual, rstd, var, sums)
-            numbers = (work.axes, eps, center, stage, again, parts)
-            pool.run(kernel, call + numbers, tasks, threads)
-
+        kernel = k.rows_forward if work.rows else k.columns_forward
+        compiled = k.compiled(kernel, k.Forward, work.dtype, "")
+        arrays = (x, y, gamma, beta, mean, residual, rstd, var)
+        units, parts = work.units, work.parts
         if not spread:
-            run(stage, units)
+            call = (*arrays, None, work.axes, eps, center, stage, 0, parts)
+            self._pool.run(compiled, call, units, threads)
             return stats
+        partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
+        stages = [(k.APPLY | k.SPREAD, 0)] if stage & k.APPLY else []
         if stage & k.SUMS:
-            sums = np.empty(units * parts * (2 if work.rows else 2 * k.SLAB))
-            for again in range(2 if double and center else 1):
-                run(k.SUMS | k.SPREAD, units * parts, sums, again)
-                run(k.FINISH, units, sums, again)
-        if stage & k.APPLY:
-            run(k.APPLY | k.SPREAD, units * parts)
+            again = 1 if work.real == np.float32 or not center else 2
+            rounds = [(part, i) for i in range(again) for part in (k.SUMS | k.SPREAD, k.FINISH)]
+            stages = rounds + stages
+        for stage, i in stages:
+            call = (*arrays, partial, work.axes, eps, center, stage, i, parts)
+            tasks = units * parts if stage & k.SPREAD else units
+            self._pool.run(compiled, call, tasks, threads)
         return stats
 
     def gradients(
@@ -163,17 +171,18 @@ class Numba(Backend):
         frozen: bool,
         affine: bool,
     ) -> tuple[Array, Array] | None:
-        work, real = _work(axes), _real(x)
-        pool, parts, units = self._pool, work.parts, work.units
+        work = _work(axes, x.dtype)
+        parts, units = work.parts, work.units
         k0, r0, k1, r1, params, span = work.axes
-        gamma = _param(gamma, 1.0, work, real)
-        threads = pool.threads(x.size)
+        gamma = _param(gamma, 1.0, work)
+        threads = self._pool.threads(x.size)
+        dy_name = _name(dy.dtype)
 
         def run(kernel: Any, stage: int, tasks: int, parts: int, partial: Any, sums: Any) -> None:
             call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums)
             numbers = (work.axes, center, frozen, affine, stage, parts)
-            compiled = k.compiled(kernel, k.Backward, x.dtype.name, dy.dtype.name)
-            pool.run(compiled, call + numbers, tasks, threads)
+            compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
+            self._pool.run(compiled, call + numbers, tasks, threads)
 
         row = work.rows and span == 1 and r0 == k1 == 1 and params <= k.ROW_LIMIT
         if affine and row and (k0 >= threads or parts == 1):
@@ -190,7 +199,7 @@ class Numba(Backend):
         elif affine and by_column:
             sums = np.empty((k0 * k1 * r1 // (params * span), params, span, 2))
         kernel = k.rows_backward if work.rows else k.columns_backward
-        if threads > 1 and parts > 1 and units < 4 * threads and units % threads:
+        if work.spread(threads):
             partial = np.empty(units * parts * (2 if work.rows else 2 * k.SLAB))
             if frozen and sums is None:
                 partial[...] = 0.0
@@ -209,6 +218,30 @@ class Numba(Backend):
             sums = np.empty((x.size // (params * span), params, 1, 2))
             run(k.param_sums, 0, x.size // span, 1, None, sums)
         return self._fold(sums.sum(axis=(0, 2)).T, work)
+
+    def given(self, mean: Array, spread: Array, eps: float | None) -> Stats:
+        if mean.dtype != spread.dtype or not (mean.dtype.isnative and spread.dtype.isnative):
+            return super().given(mean, spread, eps)
+        values = np.empty((2, mean.size))
+        call = (mean, spread, values[0], values[1], eps or 0.0, eps is not None)
+        compiled = k.compiled(k.given_stats, k.Given, _name(mean.dtype), "")
+        self._pool.run(compiled, call, mean.size, 1)
+        return Stats(values[0], values[1])
+
+    def average(
+        self,
+        old: tuple[Array, Array],
+        new: tuple[Array, Array],
+        factor: float,
+        momentum: float,
+    ) -> None:
+        for a in (*old, *new):
+            if not (a.flags.c_contiguous and a.dtype.isnative):
+                super().average(old, new, factor, momentum)
+                return
+        compiled = k.compiled(k.average, k.Average, _name(old[0].dtype), _name(old[1].dtype))
+        call = (old[0], new[0], old[1], new[1], factor, momentum)
+        self._pool.run(compiled, call, old[0].size, 1)
 
     @staticmethod
     def _fold(grads: Array, work: Work) -> tuple[Array, Array]:

@@ -20,7 +20,7 @@ Everything compiled stands in this one file: Numba's disk cache sees edits to it
 from __future__ import annotations
 
 from collections import namedtuple
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -250,7 +250,9 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True
 reduction = njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True, **_OPTIONS)
 #: element by element, as written but for fused multiply-adds
 elementwise = njit(fastmath={"contract"}, forceinline=True, **_OPTIONS)
-#: bookkeeping around the loops
+#: bookkeeping around the loops, for every group
+inline = njit(forceinline=True, **_OPTIONS)
+#: and what is rare or large
 plain = njit(**_OPTIONS)
 
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
@@ -269,15 +271,19 @@ Backward = namedtuple(
     "Backward",
     "dy x dx gamma mean residual rstd partial sums axes center frozen affine stage parts",
 )
+Given = namedtuple("Given", "given_mean given_spread mean rstd eps is_variance")
+Average = namedtuple(
+    "Average", "old_mean new_mean old_spread new_spread factor momentum"
+)
 
 
-@plain
+@inline
 def _extreme(rstd):
     """Whether centring and scaling in float32 might overflow or lose small values."""
     return not (2.0**-40 < rstd < 2.0**40)
 
 
-@plain
+@inline
 def _origin(axes, group):
     """Flat position of a group's first element."""
     k0, r0, k1, r1, params, span = axes
@@ -286,7 +292,7 @@ def _origin(axes, group):
     return group // k1 * (r0 * k1 * r1) + group % k1 * r1
 
 
-@plain
+@inline
 def _parameter(axes, at):
     """Index of the parameter of flat element `at`, and where its run of elements ends.
 
@@ -315,7 +321,7 @@ def _sums(x, first, last, shift, before, after):
     return s, q
 
 
-@plain
+@inline
 def _part_sums(x, axes, group, part, parts, shift, before, after):
     """`_sums` over one of the parts that a group is cut into."""
     k0, r0, k1, r1, params, span = axes
@@ -339,7 +345,7 @@ def _part_sums(x, axes, group, part, parts, shift, before, after):
     return s, q
 
 
-@plain
+@inline
 def _group_sums(x, axes, group, parts, shift, before, after):
     s = q = 0.0
     for part in range(parts):
@@ -349,7 +355,7 @@ def _group_sums(x, axes, group, parts, shift, before, after):
     return s, q
 
 
-@plain
+@inline
 def _central(s, q, count, center):
     """Mean and variance of differences whose sum and sum of squares are given."""
     if not center:
@@ -358,7 +364,7 @@ def _central(s, q, count, center):
     return delta, max(q / count - delta * delta, 0.0)
 
 
-@plain
+@inline
 def _is_good(delta, var):
     """Whether one pass about an element was enough; a NaN is not good."""
     return delta * delta <= 2.0**20 * var
@@ -399,7 +405,7 @@ def _exact_moments(x, axes, group, parts, eps, center):
     return mean / before, residual / before, var / scale / scale, rstd
 
 
-@plain
+@inline
 def _moments(x, axes, group, parts, eps, center):
     """(mean, its rounding error, variance, rstd) of a group."""
     if not is_float64(x):
@@ -411,7 +417,7 @@ def _moments(x, axes, group, parts, eps, center):
     return _exact_moments(x, axes, group, parts, eps, center)
 
 
-@plain
+@inline
 def _save(call, group, mean, residual, var, rstd):
     if given(call.mean):
         store(call.mean, group, mean)
@@ -422,14 +428,14 @@ def _save(call, group, mean, residual, var, rstd):
         store(call.var, group, var)
 
 
-@plain
+@inline
 def _saved(call, group):
     """(mean, its rounding error, rstd) of a group."""
     residual = load(call.residual, group) if given(call.residual) else 0.0
     return load(call.mean, group), residual, load(call.rstd, group)
 
 
-@plain
+@inline
 def _centre(x, mean, residual, rstd):
     """(factor, high, low, rstd/factor): x - mean is ((x*factor - high) - low) / factor.
 
@@ -461,7 +467,7 @@ def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index
         store(y, i, z * load(gamma, i + offset) + load(beta, i + offset))
 
 
-@plain
+@inline
 def _apply_rows(call, group, part, parts, mean, residual, rstd):
     """y of one part of a group."""
     x, y, gamma, beta = call.x, call.y, call.gamma, call.beta
@@ -629,7 +635,7 @@ def _dx_and_params(
         store(dbeta, j, load(dbeta, j) + g)
 
 
-@plain
+@inline
 def _row_grads(call, group, part, parts):
     """Sums of gamma*dy and gamma*dy*xhat over one part of a group; of dy, dy*xhat for each run."""
     dy, x, gamma, sums = call.dy, call.x, call.gamma, call.sums
@@ -678,7 +684,7 @@ def _row_grads(call, group, part, parts):
     return s, p * rstd
 
 
-@plain
+@inline
 def _line(call, s, p, low, rstd):
     """(slope, shift) of the part of dx that is linear in x*factor - high, over the factor."""
     if call.frozen:
@@ -688,7 +694,7 @@ def _line(call, s, p, low, rstd):
     return slope, (-rstd * (s / count) if call.center else 0.0) - slope * low
 
 
-@plain
+@inline
 def _apply_row_grads(call, group, part, parts, s, p):
     """dx of one part of a group."""
     dy, x, dx, gamma = call.dy, call.x, call.dx, call.gamma
@@ -818,7 +824,7 @@ def _add(target, at, source, begin, count):
 
 
 # --------------------------------------------------------------------------------- columns: forward
-@plain
+@inline
 def _slab(axes, unit):
     """(first group, groups, first column, columns, flat position) of a unit of columns."""
     k0, r0, k1, r1, params, span = axes
@@ -851,7 +857,7 @@ def _column_sums(call, unit, part, shift, sums, to):
     k0, r0, k1, r1, params, span = call.axes
     _, _, _, columns, origin = _slab(call.axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
-    _fill(sums, to, to + PAIR, 0.0)
+    _clear_pair(sums, to, columns)
     stride = k1 * r1
     while row + 8 <= end:  # 8 rows at once: the sums are read and written less often
         _sum_columns(call.x, origin + row * stride, stride, 8, columns, shift, sums, to)
@@ -873,60 +879,121 @@ def _column_shift(call, unit, again, mean, shift):
         _fill(shift, i * r1, (i + 1) * r1, value)
 
 
-@plain
-def _finish_columns(call, unit, once, shift, sums, mean, residual, rstd):
+@reduction
+def _group_moments(count, groups, center, eps, shift, sums, mean, residual, var, rstd):
+    """Moments of groups from their sums; how many of them need `_exact_moments`."""
+    bad = 0
+    for i in range(groups):
+        about, q = load(shift, i), load(sums, SLAB + i)
+        delta = load(sums, i) / count if center else 0.0
+        v = max(q / count - delta * delta, 0.0)
+        bad += not (delta * delta <= 2.0**20 * v and q < np.inf)
+        store(mean, i, delta)
+        store(var, i, v)
+        store(rstd, i, 1.0 / np.sqrt(v + eps))
+    for i in range(groups):
+        _add_exactly(shift, mean, residual, i)
+    return bad
+
+
+@elementwise
+def _add_exactly(shift, mean, residual, i):
+    """mean + residual = shift + mean, the rounding error of the sum being the residual."""
+    about, delta = load(shift, i), load(mean, i)
+    total = about + delta
+    store(residual, i, about - total + delta)
+    store(mean, i, total)
+
+
+@inline
+def _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd):
     """Moments of a slab's groups from its columns' sums; only the mean if there is more to do."""
     x, axes, r1 = call.x, call.axes, call.axes[3]
     group, groups, _, _, _ = _slab(axes, unit)
+    if r1 > 1:
+        for i in range(groups):
+            s = q = 0.0
+            for j in range(i * r1, (i + 1) * r1):
+                s += load(sums, j)
+                q += load(sums, SLAB + j)
+            store(sums, i, s)
+            store(sums, SLAB + i, q)
+            store(shift, i, load(shift, i * r1))
     count = axes[1] * r1
-    for i in range(groups):
-        s = q = 0.0
-        for j in range(i * r1, (i + 1) * r1):
-            s += load(sums, j)
-            q += load(sums, SLAB + j)
-        about = load(shift, i * r1)
-        delta, var = _central(s, q, count, call.center)
-        m = about + delta
-        e = about - m + delta
-        r = 1.0 / np.sqrt(var + call.eps)
-        if once:
-            good = var > 2.0**-900 if is_float64(x) else _is_good(delta, var)
+    bad = _group_moments(
+        count, groups, call.center, call.eps, shift, sums, mean, residual, var, rstd
+    )
+    if once and (bad or is_float64(x)):
+        for i in range(groups):
+            v, q = load(var, i), load(sums, SLAB + i)
+            delta = (load(mean, i) - load(shift, i)) + load(residual, i)
+            good = v > 2.0**-900 if is_float64(x) else _is_good(delta, v)
             if not (good and np.isfinite(q)):
-                m, e, var, r = _exact_moments(x, axes, group + i, 1, call.eps, call.center)
-            _save(call, group + i, m, e, var, r)
-        elif given(call.mean):
-            store(call.mean, group + i, m)
-        store(mean, i, m)
-        store(residual, i, e)
-        store(rstd, i, r)
+                m, e, v, r = _exact_moments(x, axes, group + i, 1, call.eps, call.center)
+                store(mean, i, m)
+                store(residual, i, e)
+                store(var, i, v)
+                store(rstd, i, r)
+    _save_slab(call, unit, mean, residual, var, rstd)
 
 
-@plain
+@inline
 def _load_slab(call, unit, mean, residual, rstd):
     group, groups, _, _, _ = _slab(call.axes, unit)
-    for i in range(groups):
-        m, e, r = _saved(call, group + i)
-        store(mean, i, m)
-        store(residual, i, e)
-        store(rstd, i, r)
+    _copy_from(call.mean, group, mean, groups)
+    _copy_from(call.rstd, group, rstd, groups)
+    if given(call.residual):
+        _copy_from(call.residual, group, residual, groups)
+    else:
+        _fill(residual, 0, groups, 0.0)
+
+
+@elementwise
+def _copy_to(target, first, source, count):
+    for j in range(count):
+        store(target, first + j, load(source, j))
+
+
+@inline
+def _save_slab(call, unit, mean, residual, var, rstd):
+    group, groups, _, _, _ = _slab(call.axes, unit)
+    if given(call.mean):
+        _copy_to(call.mean, group, mean, groups)
+        _copy_to(call.rstd, group, rstd, groups)
+    if given(call.residual):
+        _copy_to(call.residual, group, residual, groups)
+    if given(call.var):
+        _copy_to(call.var, group, var, groups)
+
+
+@elementwise
+def _clear_pair(sums, to, columns):
+    _fill(sums, to, to + columns, 0.0)
+    _fill(sums, to + SLAB, to + SLAB + columns, 0.0)
+
+
+@elementwise
+def _add_pair(sums, source, at, columns):
+    _add(sums, 0, source, at, columns)
+    _add(sums, SLAB, source, at + SLAB, columns)
 
 
 @plain
-def _total(parts, partial, unit, sums):
+def _total(parts, partial, unit, columns, sums):
     """Sums of a slab from those of its parts."""
-    _fill(sums, 0, PAIR, 0.0)
+    _clear_pair(sums, 0, columns)
     for part in range(parts):
-        _add(sums, 0, partial, PAIR * (unit * parts + part), PAIR)
+        _add_pair(sums, partial, PAIR * (unit * parts + part), columns)
 
 
-@plain
+@inline
 def _by_column(axes):
     """Whether every row of columns has the same parameters."""
     k0, r0, k1, r1, params, span = axes
     return k1 * r1 % (params * span) == 0
 
 
-@plain
+@inline
 def _next_parameter(axes, index, end, at):
     """`_parameter` of element `at`, given that of the one before."""
     k0, r0, k1, r1, params, span = axes
@@ -937,27 +1004,82 @@ def _next_parameter(axes, index, end, at):
     return (index + 1 if index + 1 < params else 0), end + span
 
 
-@plain
-def _prepare_columns(call, unit, mean, residual, rstd, factor, high, scale, shift):
-    """Each column's y = (x*factor - high)*scale + shift; whether that needs float64."""
-    x, axes, r1 = call.x, call.axes, call.axes[3]
-    _, groups, first, _, _ = _slab(axes, unit)
-    wide = is_float64(x)
-    folded = _by_column(axes)
-    index, end = _parameter(axes, first)
+@reduction
+def _centre_groups(x, groups, mean, residual, rstd, factor, high, low, scaled):
+    """`_centre` for each group; how many of them need float64."""
+    wide = 0
     for i in range(groups):
-        wide |= _extreme(load(rstd, i))
-        f, h, low, r = _centre(x, load(mean, i), load(residual, i), load(rstd, i))
-        for j in range(i * r1, (i + 1) * r1):
-            weight, bias = 1.0, 0.0
-            if folded:
-                weight, bias = np.float64(load(call.gamma, index)), load(call.beta, index)
-                index, end = _next_parameter(axes, index, end, first + j + 1)
-            store(factor, j, f)
-            store(high, j, h)
-            store(scale, j, r * weight)
-            store(shift, j, bias - low * (r * weight))
+        r = load(rstd, i)
+        wide += is_float64(x) or _extreme(r)
+        f, h, e, s = _centre(x, load(mean, i), load(residual, i), r)
+        store(factor, i, f)
+        store(high, i, h)
+        store(low, i, e)
+        store(scaled, i, s)
     return wide
+
+
+@inline
+def _expand(values, groups, r1):
+    """Repeat each group's value for its r1 columns, in place."""
+    if r1 > 1:
+        for i in range(groups - 1, -1, -1):
+            _fill(values, i * r1, (i + 1) * r1, load(values, i))
+
+
+@inline
+def _column_params(axes, unit, values, default, columns):
+    """Each column's parameter, or `default` where it differs between rows."""
+    k0, r0, k1, r1, params, span = axes
+    _, _, first, count, _ = _slab(axes, unit)
+    if not _by_column(axes):
+        _fill(columns, 0, count, default)
+        return
+    index, end = _parameter(axes, first)
+    if span == 1 and index + count <= params:
+        _copy_from(values, index, columns, count)
+        return
+    for j in range(count):
+        store(columns, j, load(values, index))
+        index, end = _next_parameter(axes, index, end, first + j + 1)
+
+
+@elementwise
+def _copy_from(source, first, target, count):
+    for j in range(count):
+        store(target, j, load(source, first + j))
+
+
+@elementwise
+def _fold_affine(columns, scale, shift, low):
+    """Each column's y = (x*factor - high)*scale + shift, given rstd in `scale`, beta in `shift`."""
+    for j in range(columns):
+        store(shift, j, load(shift, j) - load(low, j) * load(scale, j))
+
+
+@elementwise
+def _multiply(columns, values, by):
+    for j in range(columns):
+        store(values, j, load(values, j) * load(by, j))
+
+
+@inline
+def _prepare_columns(
+    call, unit, mean, residual, rstd, factor, high, low, scale, shift, weight
+):
+    """Each column's y = (x*factor - high)*scale + shift; whether that needs float64."""
+    axes, r1 = call.axes, call.axes[3]
+    _, groups, _, columns, _ = _slab(axes, unit)
+    wide = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale)
+    _expand(factor, groups, r1)
+    _expand(high, groups, r1)
+    _expand(low, groups, r1)
+    _expand(scale, groups, r1)
+    _column_params(axes, unit, call.gamma, 1.0, weight)
+    _column_params(axes, unit, call.beta, 0.0, shift)
+    _multiply(columns, scale, weight)
+    _fold_affine(columns, scale, shift, low)
+    return wide > 0
 
 
 @elementwise
@@ -1016,9 +1138,11 @@ def _columns_forward(call, first, last):
     """A unit is a slab of columns, its parts are blocks of rows."""
     x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
     shift, sums, part_sums = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, PAIR)
-    mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, lift = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    low, weight = scratch(0.0, SLAB), scratch(0.0, SLAB)
     one = np.float32(1.0)
     narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
     rounds = 2 if is_float64(x) and call.center else 1
@@ -1026,6 +1150,7 @@ def _columns_forward(call, first, last):
         unit, part = task, 0
         if stage & SPREAD:
             unit, part = task // parts, task % parts
+        _, _, _, columns, _ = _slab(call.axes, unit)
         if stage == SUMS | SPREAD:
             if call.round:
                 _load_slab(call, unit, mean, residual, rstd)
@@ -1036,38 +1161,34 @@ def _columns_forward(call, first, last):
             if call.round:
                 _load_slab(call, unit, mean, residual, rstd)
             _column_shift(call, unit, call.round == 1, mean, shift)
-            _total(parts, call.partial, unit, sums)
+            _total(parts, call.partial, unit, columns, sums)
             once = call.round == rounds - 1
-            _finish_columns(call, unit, once, shift, sums, mean, residual, rstd)
+            _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd)
             continue
         if stage & SUMS:
             for again in range(rounds):
                 _column_shift(call, unit, again == 1, mean, shift)
-                _fill(sums, 0, PAIR, 0.0)
+                _clear_pair(sums, 0, columns)
                 for i in range(parts):
                     _column_sums(call, unit, i, shift, part_sums, 0)
-                    _add(sums, 0, part_sums, 0, PAIR)
+                    _add_pair(sums, part_sums, 0, columns)
                 once = again == rounds - 1
-                _finish_columns(call, unit, once, shift, sums, mean, residual, rstd)
+                _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd)
         else:
             _load_slab(call, unit, mean, residual, rstd)
         if stage & APPLY:
             row, end = 0, r0
             if stage & SPREAD:
                 row, end = part * r0 // parts, (part + 1) * r0 // parts
-            if _prepare_columns(call, unit, mean, residual, rstd, factor, high, scale, lift):
+            if _prepare_columns(
+                call, unit, mean, residual, rstd, factor, high, low, scale, lift, weight
+            ):
                 _apply_rows_of_columns(call, unit, row, end, factor, high, scale, lift)
             else:
-                _copy(high, narrow[0])
-                _copy(scale, narrow[1])
-                _copy(lift, narrow[2])
+                _copy_from(high, 0, narrow[0], columns)
+                _copy_from(scale, 0, narrow[1], columns)
+                _copy_from(lift, 0, narrow[2], columns)
                 _apply_rows_of_columns(call, unit, row, end, None, *narrow)
-
-
-@elementwise
-def _copy(source, target):
-    for j in range(SLAB):
-        store(target, j, load(source, j))
 
 
 # -------------------------------------------------------------------------------- columns: backward
@@ -1121,7 +1242,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     k0, r0, k1, r1, params, span = axes
     _, _, _, columns, origin = _slab(axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
-    _fill(sums, to, to + PAIR, 0.0)
+    _clear_pair(sums, to, columns)
     stride = k1 * r1
     if _by_column(axes):
         while row + 4 <= end:
@@ -1150,45 +1271,62 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
             first = last
 
 
-@plain
-def _centre_columns(call, unit, factor, high, low, rstd):
+@inline
+def _centre_columns(call, unit, mean, residual, factor, high, low, rstd):
     """`_centre` for each column of a slab; whether dx needs float64."""
-    x, r1 = call.x, call.axes[3]
-    group, groups, _, _, _ = _slab(call.axes, unit)
-    wide = is_float64(x)
+    _, groups, _, _, _ = _slab(call.axes, unit)
+    r1 = call.axes[3]
+    _load_slab(call, unit, mean, residual, rstd)
+    wide = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, rstd)
+    _expand(factor, groups, r1)
+    _expand(high, groups, r1)
+    _expand(low, groups, r1)
+    _expand(rstd, groups, r1)
+    return wide > 0
+
+
+@elementwise
+def _lines(groups, count, frozen, center, low, rstd, s, p, slope, shift):
+    """`_line` for each of the groups, whose values are in their first column."""
     for i in range(groups):
-        mean, residual, r = _saved(call, group + i)
-        wide |= _extreme(r)
-        f, h, e, r = _centre(x, mean, residual, r)
-        first, last = i * r1, (i + 1) * r1
-        _fill(factor, first, last, f)
-        _fill(high, first, last, h)
-        _fill(low, first, last, e)
-        _fill(rstd, first, last, r)
-    return wide
+        r = load(rstd, i)
+        a = b = 0.0
+        if not frozen:
+            a = -r * r * (load(p, i) * r / count)
+            b = (-r * (load(s, i) / count) if center else 0.0) - a * load(low, i)
+        store(slope, i, a)
+        store(shift, i, b)
 
 
-@plain
-def _prepare_column_grads(call, unit, low, rstd, sums, scale, slope, shift):
+@inline
+def _prepare_column_grads(call, unit, low, rstd, sums, weight, s, p, scale, slope, shift):
     """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
     axes, r1 = call.axes, call.axes[3]
-    _, groups, first, _, _ = _slab(axes, unit)
-    folded = _by_column(axes)
-    index, end = _parameter(axes, first)
-    for i in range(groups):
-        s = p = 0.0
-        r = load(rstd, i * r1)
-        for j in range(i * r1, (i + 1) * r1):
-            weight = 1.0
-            if folded:
-                weight = np.float64(load(call.gamma, index))
-                index, end = _next_parameter(axes, index, end, first + j + 1)
-            s += weight * load(sums, j)
-            p += weight * load(sums, SLAB + j)
-            store(scale, j, r * weight)
-        a, b = _line(call, s, p * r, load(low, i * r1), r)
-        _fill(slope, i * r1, (i + 1) * r1, a)
-        _fill(shift, i * r1, (i + 1) * r1, b)
+    _, groups, _, columns, _ = _slab(axes, unit)
+    _column_params(axes, unit, call.gamma, 1.0, weight)
+    _copy_from(rstd, 0, scale, columns)
+    _multiply(columns, scale, weight)
+    _copy_from(sums, 0, s, columns)
+    _copy_from(sums, SLAB, p, columns)
+    _multiply(columns, s, weight)
+    _multiply(columns, p, weight)
+    group_low, group_rstd = low, rstd
+    if r1 > 1:
+        group_low, group_rstd = slope, shift  # overwritten by the lines, one group at a time
+        for i in range(groups):
+            ds = dp = 0.0
+            for j in range(i * r1, (i + 1) * r1):
+                ds += load(s, j)
+                dp += load(p, j)
+            store(s, i, ds)
+            store(p, i, dp)
+            store(slope, i, load(low, i * r1))
+            store(shift, i, load(rstd, i * r1))
+    _lines(
+        groups, axes[1] * r1, call.frozen, call.center, group_low, group_rstd, s, p, slope, shift
+    )
+    _expand(slope, groups, r1)
+    _expand(shift, groups, r1)
 
 
 @elementwise
@@ -1251,13 +1389,15 @@ def _columns_backward(call, first, last):
     factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, slope, shift = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    weight, s, p = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     one = np.float32(1.0)
     narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
     for task in range(first, last):
         unit, part = task, 0
         if stage & SPREAD:
             unit, part = task // parts, task % parts
-        wide = _centre_columns(call, unit, factor, high, low, rstd)
+        _, _, _, columns, _ = _slab(call.axes, unit)
+        wide = _centre_columns(call, unit, s, p, factor, high, low, rstd)
         if stage == SUMS | SPREAD:
             to = PAIR * task
             _column_grad_sums(call, unit, part, factor, high, low, call.partial, to)
@@ -1265,23 +1405,25 @@ def _columns_backward(call, first, last):
         row, end = 0, r0
         if stage & SPREAD:
             row, end = part * r0 // parts, (part + 1) * r0 // parts
-            _total(parts, call.partial, unit, sums)
+            _total(parts, call.partial, unit, columns, sums)
         else:
-            _fill(sums, 0, PAIR, 0.0)
+            _clear_pair(sums, 0, columns)
             if given(call.sums) or not call.frozen:
                 for i in range(parts):
                     _column_grad_sums(call, unit, i, factor, high, low, part_sums, 0)
-                    _add(sums, 0, part_sums, 0, PAIR)
+                    _add_pair(sums, part_sums, 0, columns)
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
-        _prepare_column_grads(call, unit, low, rstd, sums, scale, slope, shift)
+        _prepare_column_grads(
+            call, unit, low, rstd, sums, weight, s, p, scale, slope, shift
+        )
         if wide:
             _apply_column_grads(call, unit, row, end, factor, high, scale, slope, shift)
         else:
-            _copy(high, narrow[0])
-            _copy(scale, narrow[1])
-            _copy(slope, narrow[2])
-            _copy(shift, narrow[3])
+            _copy_from(high, 0, narrow[0], columns)
+            _copy_from(scale, 0, narrow[1], columns)
+            _copy_from(slope, 0, narrow[2], columns)
+            _copy_from(shift, 0, narrow[3], columns)
             _apply_column_grads(call, unit, row, end, None, *narrow)
 
 
@@ -1377,6 +1519,28 @@ def _add_param_grads(dy, x, first, last, factor, high, rstd, lift, dgamma, dbeta
         store(dbeta, i + offset, load(dbeta, i + offset) + g)
 
 
+# --------------------------------------------------------------------------------- given statistics
+@elementwise
+def _given_stats(call, first, last):
+    for i in range(first, last):
+        spread = np.float64(load(call.given_spread, i))
+        store(call.mean, i, load(call.given_mean, i))
+        store(call.rstd, i, 1.0 / (np.sqrt(spread + call.eps) if call.is_variance else spread))
+
+
+@elementwise
+def _blend(old, new, factor, momentum, first, last):
+    for i in range(first, last):
+        value = np.float64(load(old, i))
+        store(old, i, value + momentum * (load(new, i) * factor - value))
+
+
+@plain
+def _average(call, first, last):
+    _blend(call.old_mean, call.new_mean, 1.0, call.momentum, first, last)
+    _blend(call.old_spread, call.new_spread, call.factor, call.momentum, first, last)
+
+
 # ----------------------------------------------------------------------------------------- compiled
 # One C function each, so that a pointer to it is all that the threads need: the same machine code
 # runs on one thread and on many.
@@ -1408,6 +1572,14 @@ def long_row_params(call, first, last):
     _long_row_params(_behind(call), first, last)
 
 
+def given_stats(call, first, last):
+    _given_stats(_behind(call), first, last)
+
+
+def average(call, first, last):
+    _average(_behind(call), first, last)
+
+
 @njit(nogil=True, cache=True)
 def enter(kernel, call, tasks):
     """Run all tasks of a kernel on this thread."""
@@ -1436,22 +1608,33 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
         "rstd": Pointer("float64", "scratch"), "var": Pointer("float64", "scratch"),
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
         "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
-        "center": types.boolean, "frozen": types.boolean,
+        "center": types.boolean, "frozen": types.boolean, "is_variance": types.boolean,
+        "given_mean": Pointer(x), "given_spread": Pointer(x),
+        "old_mean": Pointer(x, "scratch"), "old_spread": Pointer(dy, "scratch"),
+        "new_mean": Pointer("float64"), "new_spread": Pointer("float64"),
+        "factor": types.float64, "momentum": types.float64,
     }  # fmt: skip
     return [element.get(field, types.int64) for field in kind._fields]  # type: ignore[attr-defined]
 
 
-@cache
-def compiled(kernel: Any, kind: type, x: str, dy: str) -> tuple[int, Any, Any]:
-    """(address, run on this thread, run on several) of a kernel for its dtypes."""
-    fields = _fields(kind, x, dy)
-    call = types.CPointer(types.NamedTuple(fields, kind))
-    function = cfunc(types.void(call, types.int64, types.int64), cache=True)(kernel)
-    plain_call = types.Tuple([Pointer() if isinstance(f, Pointer) else f for f in fields])
-    serial = _entry(enter, types.int64, plain_call, types.int64)
-    return function.address, serial, lambda: _entry(
-        enter_parallel, types.int64, plain_call, types.int64, types.int64
-    )
+class Compiled:
+    """A kernel for given dtypes: `address`, to `run` on this thread, to `share` between several."""
+
+    def __init__(self, kernel: Any, kind: type, x: str, dy: str) -> None:
+        fields = _fields(kind, x, dy)
+        call = types.CPointer(types.NamedTuple(fields, kind))
+        self._function = cfunc(types.void(call, types.int64, types.int64), cache=True)(kernel)
+        self.address = self._function.address
+        self._call = types.Tuple([Pointer() if isinstance(f, Pointer) else f for f in fields])
+        self.run = _entry(enter, types.int64, self._call, types.int64)
+
+    @cached_property
+    def share(self) -> Any:
+        """``share(address, call, tasks, threads)``; Numba's threads start with the first use."""
+        return _entry(enter_parallel, types.int64, self._call, types.int64, types.int64)
+
+
+compiled = cache(Compiled)
 
 
 @cache

@@ -39,16 +39,13 @@ class Pool:
 
     def run(self, kernel: Any, call: tuple[Any, ...], tasks: int, threads: int) -> None:
         """Run all tasks of a compiled kernel."""
-        address, serial, parallel = kernel
         if threads > 1 and tasks > 1 and not self._lost and self._entered.acquire(blocking=False):
             try:
-                if not self._used:
-                    self._used = True
-                    parallel()(address, call, tasks, threads)
+                first, self._used = not self._used, True
+                kernel.share(kernel.address, call, tasks, threads)
+                if first:
                     self._pays = _PAYS[numba.threading_layer()]
-                else:
-                    parallel()(address, call, tasks, threads)
             finally:
                 self._entered.release()
         else:
-            serial(address, call, tasks)
+            kernel.run(kernel.address, call, tasks)

@@ -1,0 +1,1 @@
+"""Speed of normkit beside its peers, in one process and one run: ``python -m benchmarks``."""
