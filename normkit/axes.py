@@ -39,6 +39,7 @@ not neighbours in memory are expanded over the axes between them; x stays where 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,7 +65,7 @@ class Axes(NamedTuple):
         return self.k0 * self.k1
 
     @property
-    def count(self) -> int:
+    def group_size(self) -> int:
         """Elements in a group: the m of the formulas."""
         return self.r0 * self.r1
 
@@ -84,7 +85,7 @@ Rule = Callable[..., Roles]
 def _axis(axis: object, ndim: int, argument: str) -> int:
     if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(f"{argument}={axis!r} must be an int, not {type(axis).__name__}")
-    index = axis.__index__()
+    index = operator.index(axis)
     if not -ndim <= index < ndim:
         raise ValueError(
             f"{argument}={index} is out of range for an array of {ndim} axes: "
@@ -214,7 +215,7 @@ class Layout:
         return array.transpose([kept.index(a) for a in sorted(kept)])
 
 
-def _fold(order: Ints, roles: Roles) -> Ints | None:
+def _fold(order: Ints, roles: Roles) -> tuple[int, int, int, int] | None:
     """(k0, r0, k1, r1) of axes in memory order, or None if their roles alternate too often."""
     runs: list[list[int]] = []  # [is reduced, size]
     for a in order:
@@ -233,7 +234,7 @@ def _fold(order: Ints, roles: Roles) -> Ints | None:
             return None
         slots[slot] = size
         slot += 1
-    return tuple(slots)
+    return slots[0], slots[1], slots[2], slots[3]
 
 
 @lru_cache(maxsize=8192)

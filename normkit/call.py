@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +53,7 @@ def number(argument: str, value: object, low: float, high: float = float("inf"))
     """`value` as a float in [low, high], or an error that names the argument."""
     if type(value) is float and low <= value <= high:
         return value
-    if not isinstance(value, (Real, np.floating)) or isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
         raise TypeError(f"{argument}={value!r} must be a real number, not {type(value).__name__}")
     if not low <= value <= high:  # NaN too
         span = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
@@ -177,9 +176,7 @@ class Call:
         y, stats, r, d = self._forward(keep=True)
         return y, Pullback(self, stats, r, d)
 
-    def _forward(
-        self, keep: bool
-    ) -> tuple[Array, Stats | None, Array | None, Array | None]:
+    def _forward(self, keep: bool) -> tuple[Array, Stats | None, Array | None, Array | None]:
         x, plan, running = self.x, self.plan, self.running
         xp = np if type(x) is np.ndarray else namespace(x)
         y = xp.empty_like(x, dtype=plan.native) if self.out is None else self.out
@@ -202,7 +199,7 @@ class Call:
                 r, d = self._renorm(running, stats, xp)
                 gamma, beta = _affine(gamma, beta, r, d)
             backend.normalize(packed, axes, stats, gamma, beta, target)
-        if running is not None and not self.frozen:
+        if running is not None and stats is not None and not self.frozen:
             self._update(running, stats)
         if target is not view:
             view[...] = target
@@ -263,7 +260,7 @@ class Call:
 
     def _update(self, running: Running, stats: Stats) -> None:
         layout = self.plan.layout
-        count, factor = layout.axes.count, 1.0
+        count, factor = layout.axes.group_size, 1.0
         if running.clip:
             spread = 1 / stats.rstd
         else:
@@ -550,7 +547,7 @@ def _check_running(running: Running, call: Call) -> Running:
             raise ValueError(
                 f"running_mean overlaps {running.spread_name}: give each its own array"
             )
-    if running.clip is None and axes.count == 1 and call.x.size:
+    if running.clip is None and axes.group_size == 1 and call.x.size:
         raise ValueError(
             f"running_var cannot be updated from groups of one element (x has shape "
             f"{call.x.shape}): its unbiased variance divides by m - 1 = 0; give more elements, "
@@ -585,9 +582,7 @@ def _check_out(out: Array, call: Call) -> Array:
     return out
 
 
-def _affine(
-    gamma: Array | None, beta: Array | None, r: Array, d: Array
-) -> tuple[Array, Array]:
+def _affine(gamma: Array | None, beta: Array | None, r: Array, d: Array) -> tuple[Array, Array]:
     """Batch renorm's parameters: r*gamma and d*gamma + beta."""
     if gamma is None:
         scaled, shift = r, d

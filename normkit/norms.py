@@ -73,8 +73,8 @@ def batch_norm(
     eps : float
         Added to the variance, inside the root.
     channel_axis : int or tuple of int
-        Axes that keep statistics of their own: -1 for channels-last, ``(1, 2, 3)`` for per-activation
-        batch norm. The parameters then have ascending axis order.
+        Axes that keep statistics of their own: -1 for channels-last, ``(1, 2, 3)`` for batch norm
+        per activation. The parameters then have ascending axis order.
     out : array, optional
         Where to write y: of x's shape and dtype, any strides; x itself works in place.
 
@@ -347,7 +347,9 @@ def instance_norm(
     running = _running(running_mean, running_var, "running_var", momentum)
     frozen = not _flag("training", training) and running is not None
     rule = per_channel_of_samples if frozen else per_sample  # given statistics know no samples
-    return Call(x, gamma, beta, rule, channel_axis, eps=eps, running=running, frozen=frozen, out=out)
+    return Call(
+        x, gamma, beta, rule, channel_axis, eps=eps, running=running, frozen=frozen, out=out
+    )
 
 
 @norm

@@ -15,6 +15,7 @@ from normkit.backends.numba.threads import Pool
 _SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 _PART = 1 << 15  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
+_NONE = Stats(None, None)
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
@@ -29,8 +30,9 @@ class Work(NamedTuple):
     tile: int  #: and then all of them so often, to make short vectors long
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
+    stretches: int  #: tasks of the kernels' APPLY stage
 
-    def spread(self, threads: int) -> bool:
+    def scarce(self, threads: int) -> bool:
         """Whether the parts of a unit should be shared by threads, for want of units."""
         few = self.units < 4 * threads and self.units % threads
         return threads > 1 and self.parts > 1 and bool(few)
@@ -57,7 +59,8 @@ def _work(axes: Axes, dtype: Any) -> Work:
     parts = max(1, min(_MOST_PARTS, elements // _PART, elements if rows else r0))
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
-    return Work(dtype.name, real, rows, axes, repeat, tile, units, parts)
+    stretches = units * (r0 if rows and r0 > 1 else parts)
+    return Work(dtype.name, real, rows, axes, repeat, tile, units, parts, stretches)
 
 
 @lru_cache(maxsize=64)
@@ -92,14 +95,17 @@ class Numba(Backend):
         self._pool = Pool()
 
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
-        stats = self._forward(x, axes, None, None, x, None, eps, center, k.SUMS | k.FINISH, True)
-        assert stats is not None
+        work = _work(axes, x.dtype)
+        stats = self._stats(work)
+        self._forward(work, k.MOMENTS, x, None, None, None, stats, eps, center)
         return stats
 
     def normalize(
         self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
     ) -> None:
-        self._forward(x, axes, gamma, beta, y, stats, 0.0, True, k.APPLY, False)
+        work = _work(axes, x.dtype)
+        gamma, beta = _param(gamma, 1.0, work), _param(beta, 0.0, work)
+        self._forward(work, k.APPLY, x, gamma, beta, y, stats, 0.0, True)
 
     def forward(
         self,
@@ -113,50 +119,50 @@ class Numba(Backend):
         center: bool,
         keep: bool,
     ) -> Stats | None:
-        stage = k.SUMS | k.FINISH | k.APPLY
-        return self._forward(x, axes, gamma, beta, y, None, eps, center, stage, keep)
+        work = _work(axes, x.dtype)
+        gamma, beta = _param(gamma, 1.0, work), _param(beta, 0.0, work)
+        scarce = work.scarce(self._pool.threads(x.size))
+        stats = self._stats(work) if keep or scarce else None
+        if scarce:
+            self._forward(work, k.MOMENTS, x, None, None, None, stats, eps, center)
+            self._forward(work, k.APPLY, x, gamma, beta, y, stats, eps, center)
+        else:
+            self._forward(work, k.ALL, x, gamma, beta, y, stats, eps, center)
+        return stats
+
+    @staticmethod
+    def _stats(work: Work) -> Stats:
+        values = np.empty((4, work.axes.groups))
+        exact = work.real == np.float32  # then the mean needs no residual
+        return Stats(values[0], values[1], values[2], None if exact else values[3])
 
     def _forward(
         self,
+        work: Work,
+        stage: int,
         x: Array,
-        axes: Axes,
         gamma: Array | None,
         beta: Array | None,
-        y: Array,
+        y: Array | None,
         stats: Stats | None,
         eps: float,
         center: bool,
-        stage: int,
-        keep: bool,
-    ) -> Stats | None:
-        work = _work(axes, x.dtype)
-        gamma, beta = _param(gamma, 1.0, work), _param(beta, 0.0, work)
-        threads = self._pool.threads(x.size)
-        spread = work.spread(threads)
-        if stats is None and (keep or spread):
-            values = np.empty((4, axes.groups))
-            exact = work.real == np.float32  # then the mean has no residual
-            stats = Stats(values[0], values[1], values[2], None if exact else values[3])
-        mean, rstd, var, residual = stats or (None, None, None, None)
+    ) -> None:
+        mean, rstd, var, residual = stats or _NONE
         kernel = k.rows_forward if work.rows else k.columns_forward
         compiled = k.compiled(kernel, k.Forward, work.dtype, "")
         arrays = (x, y, gamma, beta, mean, residual, rstd, var)
-        units, parts = work.units, work.parts
-        if not spread:
-            call = (*arrays, None, work.axes, eps, center, stage, 0, parts)
-            self._pool.run(compiled, call, units, threads)
-            return stats
+        axes, units, parts, pool = work.axes, work.units, work.parts, self._pool
+        threads = pool.threads(x.size)
+        if stage != k.MOMENTS or not work.scarce(threads):
+            call: tuple[Any, ...] = (*arrays, None, axes, eps, center, stage, 0, parts)
+            pool.run(compiled, call, work.stretches if stage == k.APPLY else units, threads)
+            return
         partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
-        stages = [(k.APPLY | k.SPREAD, 0)] if stage & k.APPLY else []
-        if stage & k.SUMS:
-            again = 1 if work.real == np.float32 or not center else 2
-            rounds = [(part, i) for i in range(again) for part in (k.SUMS | k.SPREAD, k.FINISH)]
-            stages = rounds + stages
-        for stage, i in stages:
-            call = (*arrays, partial, work.axes, eps, center, stage, i, parts)
-            tasks = units * parts if stage & k.SPREAD else units
-            self._pool.run(compiled, call, tasks, threads)
-        return stats
+        for again in range(2 if work.real == np.float64 and center else 1):
+            for stage, tasks in ((k.SUMS, units * parts), (k.FINISH, units)):
+                call = (*arrays, partial, axes, eps, center, stage, again, parts)
+                pool.run(compiled, call, tasks, threads)
 
     def gradients(
         self,
@@ -178,45 +184,45 @@ class Numba(Backend):
         threads = self._pool.threads(x.size)
         dy_name = _name(dy.dtype)
 
-        def run(kernel: Any, stage: int, tasks: int, parts: int, partial: Any, sums: Any) -> None:
+        def run(
+            kernel: Any, stage: int, tasks: int, partial: Any, sums: Any, rows: int = 0
+        ) -> None:
             call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums)
-            numbers = (work.axes, center, frozen, affine, stage, parts)
+            numbers = (work.axes, center, frozen, stage, parts, rows)
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
             self._pool.run(compiled, call + numbers, tasks, threads)
 
-        row = work.rows and span == 1 and r0 == k1 == 1 and params <= k.ROW_LIMIT
-        if affine and row and (k0 >= threads or parts == 1):
+        if affine and work.rows and span == r0 == k1 == 1 and params <= k.ROW_LIMIT:
             rows = k.ROW_BLOCK * max(1, -(-k0 // (_MOST_PARTS * k.ROW_BLOCK)))
             blocks = -(-k0 // rows)
-            sums = np.empty((blocks, 2, params))
-            run(k.rows_backward_params, 0, blocks, rows, None, sums)
-            return self._fold(sums.sum(axis=0), work)
+            shares = np.empty((blocks, 2, params))
+            run(k.rows_backward_params, k.ALL, blocks, None, shares, rows)
+            return self._fold(shares.sum(axis=0), work)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
-        sums = None
+        sums: Array | None = None
         if affine and work.rows and span > 1:
             pieces = -(-min(r1, span) // k.CHUNK) * max(1, span // r1)
             sums = np.empty((x.size // (params * span), params, pieces, 2))
         elif affine and by_column:
             sums = np.empty((k0 * k1 * r1 // (params * span), params, span, 2))
         kernel = k.rows_backward if work.rows else k.columns_backward
-        if work.spread(threads):
-            partial = np.empty(units * parts * (2 if work.rows else 2 * k.SLAB))
-            if frozen and sums is None:
-                partial[...] = 0.0
-            else:
-                run(kernel, k.SUMS | k.SPREAD, units * parts, parts, partial, sums)
-            run(kernel, k.APPLY | k.SPREAD, units * parts, parts, partial, sums)
+        needs_sums = sums is not None or not frozen
+        if work.scarce(threads) or not needs_sums:
+            partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
+            if needs_sums:
+                run(kernel, k.SUMS, units * parts, partial, sums)
+            run(kernel, k.APPLY, work.stretches, partial, sums)
         else:
-            run(kernel, k.SUMS | k.APPLY, units, parts, None, sums)
+            run(kernel, k.ALL, units, None, sums)
         if not affine:
             return None
         if sums is None and work.rows and r0 == k1 == 1:
             sums = np.empty((2, params))
-            run(k.long_row_params, 0, -(-params // k.SLAB), 1, None, sums)
+            run(k.long_row_params, k.ALL, -(-params // k.SLAB), None, sums)
             return self._fold(sums, work)
         if sums is None:
             sums = np.empty((x.size // (params * span), params, 1, 2))
-            run(k.param_sums, 0, x.size // span, 1, None, sums)
+            run(k.param_sums, k.ALL, x.size // span, None, sums)
         return self._fold(sums.sum(axis=(0, 2)).T, work)
 
     def given(self, mean: Array, spread: Array, eps: float | None) -> Stats:

@@ -33,8 +33,8 @@ _BYTE = ir.IntType(8).as_pointer()
 _INPUTS, _SCRATCH = "normkit.inputs", "normkit.scratch"
 
 
-# ------------------------------------------------------------------------------------ raw memory
-class Pointer(types.Type):  # type: ignore[misc]
+# --------------------------------------------------------------------------------------- raw memory
+class Pointer(types.Type):
     """Where the elements of a C-contiguous array begin; NULL for None.
 
     Loads from "in", stores to "out" and both to "scratch" memory are told apart, so that LLVM need
@@ -49,7 +49,7 @@ class Pointer(types.Type):  # type: ignore[misc]
 
 
 @register_model(Pointer)
-class _PointerModel(models.PrimitiveModel):  # type: ignore[misc]
+class _PointerModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Pointer) -> None:
         super().__init__(manager, kind, _BYTE)
 
@@ -88,7 +88,7 @@ def _element(builder: Any, kind: Pointer, pointer: Any, index: Any) -> Any:
     return builder.gep(typed, [index])
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load(typing: Any, pointer: Any, index: Any) -> Any:
     """Element `index`, in its arithmetic type."""
 
@@ -109,7 +109,7 @@ def load(typing: Any, pointer: Any, index: Any) -> Any:
     return pointer.real(pointer, types.int64), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Round `value`, float32 or float64, to the element type and store it."""
 
@@ -146,7 +146,7 @@ def _round_to_bfloat16(builder: Any, value: Any) -> Any:
     return builder.trunc(upper, ir.IntType(16))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def scratch(typing: Any, like: Any, count: Any) -> Any:
     """`count` (a literal) elements of the type of number `like` on the stack."""
     kind = Pointer("float64" if types.unliteral(like) is types.float64 else "float32", "scratch")
@@ -159,7 +159,7 @@ def scratch(typing: Any, like: Any, count: Any) -> Any:
     return kind(like, count), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def real(typing: Any, pointer: Any, value: Any) -> Any:
     """float64 `value` in the arithmetic type of the elements behind `pointer`."""
 
@@ -170,7 +170,7 @@ def real(typing: Any, pointer: Any, value: Any) -> Any:
     return pointer.real(pointer, types.float64), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def times(typing: Any, value: Any, factor: Any, index: Any) -> Any:
     """`value` times a power of two: a number, one of several, or None for 1."""
 
@@ -188,7 +188,7 @@ def times(typing: Any, value: Any, factor: Any, index: Any) -> Any:
     return result(value, factor, types.int64), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def is_float64(typing: Any, pointer: Any) -> Any:
     """Whether the elements are computed in float64: known at compile time."""
 
@@ -198,7 +198,7 @@ def is_float64(typing: Any, pointer: Any) -> Any:
     return types.boolean(pointer), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def given(typing: Any, pointer: Any) -> Any:
     """Whether a pointer is not NULL."""
 
@@ -208,7 +208,7 @@ def given(typing: Any, pointer: Any) -> Any:
     return types.boolean(pointer), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _behind(typing: Any, pointer: Any) -> Any:
     """The tuple behind a pointer."""
 
@@ -219,7 +219,7 @@ def _behind(typing: Any, pointer: Any) -> Any:
     return pointer.dtype(pointer), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def address_of(typing: Any, value: Any) -> Any:
     """Address of a copy of `value` on the stack, as an int."""
 
@@ -230,7 +230,7 @@ def address_of(typing: Any, value: Any) -> Any:
     return types.int64(value), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def call_at(typing: Any, function: Any, call: Any, first: Any, last: Any) -> Any:
     """Run the kernel at address `function`."""
 
@@ -244,7 +244,7 @@ def call_at(typing: Any, function: Any, call: Any, first: Any, last: Any) -> Any
     return types.void(*[types.int64] * 4), generate
 
 
-# ------------------------------------------------------------------------------------- kinds of loop
+# ------------------------------------------------------------------------------------ kinds of loop
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
 #: a sum whose order LLVM may choose (once, when it compiles: the bits are fixed)
 reduction = njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True, **_OPTIONS)
@@ -259,22 +259,22 @@ CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 SLAB = 256  #: columns that one task of the columns family sums side by side
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 ROW_LIMIT = 4096  #: longest row whose parameter gradients are summed on the stack
-ROW_BLOCK = 32  #: rows summed in the arithmetic type before they enter a float64 sum
+ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
-#: stages of a kernel, to be combined; SPREAD: a task is one part of a unit, not all of them
-SUMS, FINISH, APPLY, SPREAD = 1, 2, 4, 8
+#: Stages of a kernel. SUMS: a task is one part of a unit. FINISH: a task is a unit, whose parts
+#: were summed. APPLY: a task is a stretch of memory, given the statistics. MOMENTS, ALL: a task is
+#: a unit, from its sums to its statistics, or to the end.
+SUMS, FINISH, APPLY, MOMENTS, ALL = range(5)
 
 Forward = namedtuple(
     "Forward", "x y gamma beta mean residual rstd var partial axes eps center stage round parts"
 )
 Backward = namedtuple(
     "Backward",
-    "dy x dx gamma mean residual rstd partial sums axes center frozen affine stage parts",
+    "dy x dx gamma mean residual rstd partial sums axes center frozen stage parts rows",
 )
 Given = namedtuple("Given", "given_mean given_spread mean rstd eps is_variance")
-Average = namedtuple(
-    "Average", "old_mean new_mean old_spread new_spread factor momentum"
-)
+Average = namedtuple("Average", "old_mean new_mean old_spread new_spread factor momentum")
 
 
 @inline
@@ -293,6 +293,15 @@ def _origin(axes, group):
 
 
 @inline
+def _stretch(axes, parts, task):
+    """(group, part, parts) of a stretch of memory: one of a group's r0, or a part of its only."""
+    k0, r0, k1, r1, params, span = axes
+    if r0 == 1:
+        return task // parts, task % parts, parts
+    return task // (r0 * k1) * k1 + task % k1, task // k1 % r0, r0
+
+
+@inline
 def _parameter(axes, at):
     """Index of the parameter of flat element `at`, and where its run of elements ends.
 
@@ -306,7 +315,7 @@ def _parameter(axes, at):
     return run % params, (run + 1) * span
 
 
-# ------------------------------------------------------------------------------------------- moments
+# ------------------------------------------------------------------------------------------ moments
 @reduction
 def _sums(x, first, last, shift, before, after):
     """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
@@ -449,7 +458,7 @@ def _centre(x, mean, residual, rstd):
     return 1.0, high, mean - high, rstd
 
 
-# ------------------------------------------------------------------------------------- rows: forward
+# ------------------------------------------------------------------------------------ rows: forward
 # The types of the numbers decide the type of the arithmetic: each loop serves float32 and float64.
 @elementwise
 def _apply_one(x, y, first, last, factor, high, scale, shift):
@@ -518,7 +527,7 @@ def _apply_rows(call, group, part, parts, mean, residual, rstd):
 
 @plain
 def _finish_moments(call, group):
-    """A group's moments from the sums of its parts, which were `SPREAD`."""
+    """A group's moments from the sums of its parts."""
     x, axes, parts = call.x, call.axes, call.parts
     s = q = 0.0
     for part in range(parts):
@@ -541,7 +550,7 @@ def _finish_moments(call, group):
 
 @plain
 def _shift(call, group):
-    """What `SPREAD` sums are about: an element of the group, then its rounded mean."""
+    """What `SUMS` are about: an element of the group, then its rounded mean."""
     if not call.center:
         return 0.0
     if call.round == 0:
@@ -554,7 +563,7 @@ def _rows_forward(call, first, last):
     """A unit is a group, its parts are stretches of memory."""
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     for task in range(first, last):
-        if stage == SUMS | SPREAD:
+        if stage == SUMS:
             group = task // parts
             shift = _shift(call, group)
             s, q = _part_sums(x, axes, group, task % parts, parts, shift, 1.0, 1.0)
@@ -562,20 +571,18 @@ def _rows_forward(call, first, last):
             store(call.partial, 2 * task + 1, q)
         elif stage == FINISH:
             _finish_moments(call, task)
-        elif stage == APPLY | SPREAD:
-            mean, residual, rstd = _saved(call, task // parts)
-            _apply_rows(call, task // parts, task % parts, parts, mean, residual, rstd)
+        elif stage == APPLY:
+            group, part, count = _stretch(axes, parts, task)
+            mean, residual, rstd = _saved(call, group)
+            _apply_rows(call, group, part, count, mean, residual, rstd)
         else:
-            if stage & SUMS:
-                mean, residual, var, rstd = _moments(x, axes, task, parts, call.eps, call.center)
-                _save(call, task, mean, residual, var, rstd)
-            else:
-                mean, residual, rstd = _saved(call, task)
-            if stage & APPLY:
+            mean, residual, var, rstd = _moments(x, axes, task, parts, call.eps, call.center)
+            _save(call, task, mean, residual, var, rstd)
+            if stage == ALL:
                 _apply_rows(call, task, 0, 1, mean, residual, rstd)
 
 
-# ------------------------------------------------------------------------------------ rows: backward
+# ----------------------------------------------------------------------------------- rows: backward
 @elementwise
 def _centred(x, i, factor, high, low):
     """(x - mean)*factor in float64; no sum, so that LLVM may not reassociate it."""
@@ -750,16 +757,16 @@ def _rows_backward(call, first, last):
     parts, stage = call.parts, call.stage
     for task in range(first, last):
         s = p = 0.0
-        if stage == SUMS | SPREAD:
+        if stage == SUMS:
             s, p = _row_grads(call, task // parts, task % parts, parts)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, p)
-        elif stage == APPLY | SPREAD:
-            group = task // parts
-            for part in range(parts):
-                s += load(call.partial, 2 * (group * parts + part))
-                p += load(call.partial, 2 * (group * parts + part) + 1)
-            _apply_row_grads(call, group, task % parts, parts, s, p)
+        elif stage == APPLY:
+            group, part, count = _stretch(call.axes, parts, task)
+            for i in range(0 if call.frozen else parts):
+                s += load(call.partial, 2 * (group * parts + i))
+                p += load(call.partial, 2 * (group * parts + i) + 1)
+            _apply_row_grads(call, group, part, count, s, p)
         else:
             if given(call.sums) or not call.frozen:
                 for part in range(parts):
@@ -771,22 +778,24 @@ def _rows_backward(call, first, last):
 
 @plain
 def _rows_backward_params(call, first, last):
-    """A task is a block of `parts` rows: dx, and the block's share of dgamma and dbeta."""
+    """A task is a block of `rows` rows: dx, and the block's share of dgamma and dbeta."""
     dy, x, dx, gamma, sums = call.dy, call.x, call.dx, call.gamma, call.sums
     k0, r0, k1, r1, params, span = call.axes
     zero = real(x, 0.0)
     dgamma, dbeta = scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)
     for block in range(first, last):
-        end = min((block + 1) * call.parts, k0)
+        end = min((block + 1) * call.rows, k0)
         to = 2 * block * params
         _fill(sums, to, to + 2 * params, 0.0)
-        for begin in range(block * call.parts, end, ROW_BLOCK):
+        for begin in range(block * call.rows, end, ROW_BLOCK):
             _fill(dgamma, 0, params, zero)
             _fill(dbeta, 0, params, zero)
             for row in range(begin, min(begin + ROW_BLOCK, end)):
                 s = p = 0.0
-                if not call.frozen:
-                    s, p = _row_grads(call, row, 0, 1)
+                for part in range(0 if call.frozen else call.parts):
+                    ds, dp = _row_grads(call, row, part, call.parts)
+                    s += ds
+                    p += dp
                 mean, residual, rstd = _saved(call, row)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
                 slope, shift = _line(call, s, p, low, scaled)
@@ -884,7 +893,7 @@ def _group_moments(count, groups, center, eps, shift, sums, mean, residual, var,
     """Moments of groups from their sums; how many of them need `_exact_moments`."""
     bad = 0
     for i in range(groups):
-        about, q = load(shift, i), load(sums, SLAB + i)
+        q = load(sums, SLAB + i)
         delta = load(sums, i) / count if center else 0.0
         v = max(q / count - delta * delta, 0.0)
         bad += not (delta * delta <= 2.0**20 * v and q < np.inf)
@@ -1064,9 +1073,7 @@ def _multiply(columns, values, by):
 
 
 @inline
-def _prepare_columns(
-    call, unit, mean, residual, rstd, factor, high, low, scale, shift, weight
-):
+def _prepare_columns(call, unit, mean, residual, rstd, factor, high, low, scale, shift, weight):
     """Each column's y = (x*factor - high)*scale + shift; whether that needs float64."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = _slab(axes, unit)
@@ -1127,9 +1134,7 @@ def _apply_rows_of_columns(call, unit, row, end, factor, high, scale, shift):
                 )
             else:
                 gamma, beta = load(call.gamma, index), load(call.beta, index)
-                _apply_columns_one(
-                    x, y, at, first, last, factor, high, scale, shift, gamma, beta
-                )
+                _apply_columns_one(x, y, at, first, last, factor, high, scale, shift, gamma, beta)
             first = last
 
 
@@ -1148,10 +1153,10 @@ def _columns_forward(call, first, last):
     rounds = 2 if is_float64(x) and call.center else 1
     for task in range(first, last):
         unit, part = task, 0
-        if stage & SPREAD:
+        if stage in (SUMS, APPLY):
             unit, part = task // parts, task % parts
         _, _, _, columns, _ = _slab(call.axes, unit)
-        if stage == SUMS | SPREAD:
+        if stage == SUMS:
             if call.round:
                 _load_slab(call, unit, mean, residual, rstd)
             _column_shift(call, unit, call.round == 1, mean, shift)
@@ -1165,7 +1170,9 @@ def _columns_forward(call, first, last):
             once = call.round == rounds - 1
             _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd)
             continue
-        if stage & SUMS:
+        if stage == APPLY:
+            _load_slab(call, unit, mean, residual, rstd)
+        else:
             for again in range(rounds):
                 _column_shift(call, unit, again == 1, mean, shift)
                 _clear_pair(sums, 0, columns)
@@ -1174,11 +1181,9 @@ def _columns_forward(call, first, last):
                     _add_pair(sums, part_sums, 0, columns)
                 once = again == rounds - 1
                 _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd)
-        else:
-            _load_slab(call, unit, mean, residual, rstd)
-        if stage & APPLY:
+        if stage != MOMENTS:
             row, end = 0, r0
-            if stage & SPREAD:
+            if stage == APPLY:
                 row, end = part * r0 // parts, (part + 1) * r0 // parts
             if _prepare_columns(
                 call, unit, mean, residual, rstd, factor, high, low, scale, lift, weight
@@ -1265,9 +1270,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
                 )
             else:
                 gamma = np.float64(load(call.gamma, index))
-                _sum_column_grads_one(
-                    dy, x, at, first, last, factor, high, low, gamma, sums, to
-                )
+                _sum_column_grads_one(dy, x, at, first, last, factor, high, low, gamma, sums, to)
             first = last
 
 
@@ -1351,7 +1354,11 @@ def _dx_columns_many(dy, x, dx, at, first, last, factor, high, scale, slope, shi
     for j in range(first, last):
         d = times(load(x, at + j), factor, j) - load(high, j)
         line = d * load(slope, j) + load(shift, j)
-        store(dx, at + j, times((load(dy, at + j) * load(gamma, j + offset)) * load(scale, j) + line, factor, j))
+        store(
+            dx,
+            at + j,
+            times((load(dy, at + j) * load(gamma, j + offset)) * load(scale, j) + line, factor, j),
+        )
 
 
 @plain
@@ -1394,18 +1401,21 @@ def _columns_backward(call, first, last):
     narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
     for task in range(first, last):
         unit, part = task, 0
-        if stage & SPREAD:
+        if stage in (SUMS, APPLY):
             unit, part = task // parts, task % parts
         _, _, _, columns, _ = _slab(call.axes, unit)
         wide = _centre_columns(call, unit, s, p, factor, high, low, rstd)
-        if stage == SUMS | SPREAD:
+        if stage == SUMS:
             to = PAIR * task
             _column_grad_sums(call, unit, part, factor, high, low, call.partial, to)
             continue
         row, end = 0, r0
-        if stage & SPREAD:
+        if stage == APPLY:
             row, end = part * r0 // parts, (part + 1) * r0 // parts
-            _total(parts, call.partial, unit, columns, sums)
+            if given(call.sums) or not call.frozen:
+                _total(parts, call.partial, unit, columns, sums)
+            else:
+                _clear_pair(sums, 0, columns)
         else:
             _clear_pair(sums, 0, columns)
             if given(call.sums) or not call.frozen:
@@ -1414,9 +1424,7 @@ def _columns_backward(call, first, last):
                     _add_pair(sums, part_sums, 0, columns)
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
-        _prepare_column_grads(
-            call, unit, low, rstd, sums, weight, s, p, scale, slope, shift
-        )
+        _prepare_column_grads(call, unit, low, rstd, sums, weight, s, p, scale, slope, shift)
         if wide:
             _apply_column_grads(call, unit, row, end, factor, high, scale, slope, shift)
         else:
@@ -1438,7 +1446,7 @@ def _save_column_sums(call, unit, rstd, sums):
         store(call.sums, 2 * (to + j) + 1, load(sums, j))
 
 
-# ------------------------------------------------------------------- parameter gradients, the rest
+# -------------------------------------------------------------------- parameter gradients, the rest
 @reduction
 def _column_param_sums(dy, x, first, count, mean, residual, rstd, group):
     """Sums of dy*xhat and of dy, each element being of a group of its own."""

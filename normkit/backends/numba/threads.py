@@ -44,7 +44,7 @@ class Pool:
                 first, self._used = not self._used, True
                 kernel.share(kernel.address, call, tasks, threads)
                 if first:
-                    self._pays = _PAYS[numba.threading_layer()]
+                    self._pays = _PAYS[numba.threading_layer()]  # type: ignore[attr-defined]
             finally:
                 self._entered.release()
         else:
