@@ -139,8 +139,6 @@ def per_sample(shape: Ints, channel_axis: object, groups: int | None = None) -> 
     if groups is None:
         return Roles(shape, rest, (axis,))
     channels = shape[axis]
-    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
-        raise TypeError(f"num_groups={groups!r} must be a positive int")
     if groups < 1:
         raise ValueError(f"num_groups={groups} must be a positive int")
     if channels % groups:
@@ -237,7 +235,7 @@ def _fold(order: Ints, roles: Roles) -> tuple[int, int, int, int] | None:
     return slots[0], slots[1], slots[2], slots[3]
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=8192, typed=True)
 def layout(shape: Ints, strides: Ints, itemsize: int, rule: Rule, *args: object) -> Layout:
     """The layout of an array for the norm whose axes `rule(shape, *args)` names."""
     roles = rule(shape, *args)

@@ -16,7 +16,7 @@ import numpy as np
 
 from normkit.axes import Ints, Layout, Rule, layout
 from normkit.backends.base import Array, Stats
-from normkit.dispatch import backend_for, library, namespace
+from normkit.dispatch import backend_for, is_array_library, library, namespace
 
 #: dtype -> the type of its arithmetic. Adding a dtype is one row here and one in each backend.
 ARITHMETIC = {
@@ -82,7 +82,7 @@ class Plan:
     direct_params: bool  #: gamma and beta are as well
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=8192, typed=True)  # True is no 1 here
 def _plan(x: Meta, gamma: Meta | None, beta: Meta | None, rule: Rule, *args: object) -> Plan:
     shape, strides, dtype = x
     arithmetic = _arithmetic("x", dtype)
@@ -262,12 +262,14 @@ class Call:
         layout = self.plan.layout
         count, factor = layout.axes.group_size, 1.0
         if running.clip:
-            spread = 1 / stats.rstd
+            with np.errstate(all="ignore"):
+                spread = 1 / stats.rstd
         else:
             spread, factor = stats.var, count / (count - 1)
         mean, spread = layout.unpack_groups(stats.mean), layout.unpack_groups(spread)
         if mean.ndim > running.mean.ndim:  # instance norm: statistics per sample and channel
-            mean, spread = mean.mean(axis=0), spread.mean(axis=0)
+            with np.errstate(all="ignore"):
+                mean, spread = mean.mean(axis=0), spread.mean(axis=0)
         self.backend.average(
             (running.mean, running.spread), (mean, spread), factor, running.momentum
         )
@@ -342,9 +344,9 @@ class Pullback:
         if param is None:
             return None
         plan = self._call.plan
-        if not plan.direct_params:
-            grad = plan.layout.unpack_param(grad)
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
+            if not plan.direct_params:
+                grad = plan.layout.unpack_param(grad)
             return grad.astype(param.dtype.newbyteorder("="), copy=False)
 
 
@@ -446,6 +448,10 @@ def _plain(argument: str, array: Any) -> Array:
         )
     if isinstance(array, np.ndarray):
         return array.view(np.ndarray)
+    if isinstance(array, np.generic):
+        raise TypeError(
+            f"{argument}={array!r} is a scalar: pass an array, numpy.asarray({argument})"
+        )
     try:
         backend_for(type(array))
     except TypeError as error:
@@ -457,12 +463,13 @@ def _like(argument: str, array: Any, x: Array) -> Array:
     """`array`, if it is of x's library and on x's device."""
     if type(array) is np.ndarray is type(x):
         return array
-    array = _plain(argument, array)
-    if library(type(array)) != library(type(x)):
+    mine, other = library(type(array)), library(type(x))
+    if mine != other and is_array_library(mine):
         raise TypeError(
-            f"{argument} is a {library(type(array))} array and x a {library(type(x))} array: "
+            f"{argument} is a {mine} array and x a {other} array: "
             "convert one, so that all arrays of a call are of one library"
         )
+    array = _plain(argument, array)
     if getattr(array, "device", None) != getattr(x, "device", None):
         raise TypeError(f"{argument} is on {array.device} and x on {x.device}: move one of them")
     return array

@@ -30,6 +30,11 @@ def library(kind: type) -> str:
     return next((name for name in names if name in _DEFAULT), names[0])
 
 
+def is_array_library(name: str) -> bool:
+    """Whether some backend serves the arrays of a top-level module."""
+    return name in _DEFAULT
+
+
 def namespace(array: Any) -> Any:
     """The array library that `array` belongs to."""
     return sys.modules[library(type(array))]

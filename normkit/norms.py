@@ -408,7 +408,9 @@ def group_norm(
     >>> nk.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    return Call(x, gamma, beta, per_sample, channel_axis, num_groups, eps=eps, out=out)
+    if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
+        raise TypeError(f"num_groups={num_groups!r} must be a positive int")
+    return Call(x, gamma, beta, per_sample, channel_axis, int(num_groups), eps=eps, out=out)
 
 
 @norm
@@ -543,7 +545,7 @@ def normalize(
         )
     options = {name: value for name, value in options.items() if name in _OPTIONS[method]}
     if method in ("layer", "rms"):
-        if not isinstance(channel_axis, int):
+        if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
             raise TypeError(f"channel_axis={channel_axis!r} must be an int")
         options |= {"axis": tuple(range(1, getattr(x, "ndim", 2))), "param_axis": channel_axis}
     else:

@@ -9,6 +9,8 @@ import numpy as np
 from normkit.axes import Axes
 from normkit.backends.base import Array, Backend, Stats
 
+_quiet = np.errstate(all="ignore")  # an inf or NaN in x is no news
+
 
 def _wide(array: Array) -> Array:
     """`array` in the library's widest type: longdouble on NumPy, float64 elsewhere."""
@@ -40,6 +42,7 @@ class Reference(Backend):
     name = "reference"
     arrays = ("numpy", "cupy")
 
+    @_quiet
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
         x = _grouped(x, axes)
         residual = mean = np.zeros_like(x[:, :1, :, :1])
@@ -49,6 +52,7 @@ class Reference(Backend):
         var = ((x - mean - residual) ** 2).mean(axis=(1, 3)).ravel()
         return Stats(mean.ravel(), 1 / (var + eps) ** 0.5, var, residual.ravel())
 
+    @_quiet
     def normalize(
         self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
     ) -> None:
@@ -56,6 +60,7 @@ class Reference(Backend):
         result = xhat * _by_param(gamma, axes, 1.0) + _by_param(beta, axes, 0.0)
         y[...] = result.astype(y.dtype).reshape(y.shape)
 
+    @_quiet
     def gradients(
         self,
         dy: Array,

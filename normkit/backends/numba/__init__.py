@@ -16,6 +16,7 @@ _SHORT = 64  #: stretches of fewer elements are summed as columns, if there are 
 _PART = 1 << 15  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
 _NONE = Stats(None, None)
+_quiet = np.errstate(all="ignore")  # an inf or NaN in x is no news
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
@@ -164,6 +165,7 @@ class Numba(Backend):
                 call = (*arrays, partial, axes, eps, center, stage, again, parts)
                 pool.run(compiled, call, tasks, threads)
 
+    @_quiet
     def gradients(
         self,
         dy: Array,

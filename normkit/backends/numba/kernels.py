@@ -279,8 +279,12 @@ Average = namedtuple("Average", "old_mean new_mean old_spread new_spread factor 
 
 @inline
 def _extreme(rstd):
-    """Whether centring and scaling in float32 might overflow or lose small values."""
-    return not (2.0**-40 < rstd < 2.0**40)
+    """Whether centring and scaling in float32 might overflow or lose small values.
+
+    Not for 0, inf and NaN, which are what they are in float32 too: the columns of a slab are all
+    computed in one type, and those beside a NaN keep their bits.
+    """
+    return 0.0 < rstd <= 2.0**-40 or 2.0**40 <= rstd < np.inf
 
 
 @inline
@@ -1014,18 +1018,20 @@ def _next_parameter(axes, index, end, at):
 
 
 @reduction
-def _centre_groups(x, groups, mean, residual, rstd, factor, high, low, scaled):
-    """`_centre` for each group; how many of them need float64."""
-    wide = 0
+def _centre_groups(x, groups, mean, residual, rstd, factor, high, low, scaled, wide):
+    """`_centre` for each group, and whether it needs float64; how many do."""
+    count = 0
     for i in range(groups):
         r = load(rstd, i)
-        wide += is_float64(x) or _extreme(r)
+        extreme = is_float64(x) or _extreme(r)
+        count += extreme
+        store(wide, i, 1.0 if extreme else 0.0)
         f, h, e, s = _centre(x, load(mean, i), load(residual, i), r)
         store(factor, i, f)
         store(high, i, h)
         store(low, i, e)
         store(scaled, i, s)
-    return wide
+    return count
 
 
 @inline
@@ -1072,26 +1078,40 @@ def _multiply(columns, values, by):
         store(values, j, load(values, j) * load(by, j))
 
 
+@plain
+def _same_type(wide, count, first, columns):
+    """End of the run of columns from `first` on that are computed in the same type."""
+    if count == 0 or count == columns:
+        return columns
+    last = first + 1
+    while last < columns and load(wide, last) == load(wide, first):
+        last += 1
+    return last
+
+
 @inline
-def _prepare_columns(call, unit, mean, residual, rstd, factor, high, low, scale, shift, weight):
-    """Each column's y = (x*factor - high)*scale + shift; whether that needs float64."""
+def _prepare_columns(
+    call, unit, mean, residual, rstd, factor, high, low, scale, shift, weight, wide
+):
+    """Each column's y = (x*factor - high)*scale + shift; how many need float64."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = _slab(axes, unit)
-    wide = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale)
+    count = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale, wide)
     _expand(factor, groups, r1)
     _expand(high, groups, r1)
     _expand(low, groups, r1)
     _expand(scale, groups, r1)
+    _expand(wide, groups, r1)
     _column_params(axes, unit, call.gamma, 1.0, weight)
     _column_params(axes, unit, call.beta, 0.0, shift)
     _multiply(columns, scale, weight)
     _fold_affine(columns, scale, shift, low)
-    return wide > 0
+    return count * r1
 
 
 @elementwise
-def _apply_columns(x, y, at, columns, factor, high, scale, shift):
-    for j in range(columns):
+def _apply_columns(x, y, at, first, last, factor, high, scale, shift):
+    for j in range(first, last):
         d = times(load(x, at + j), factor, j) - load(high, j)
         store(y, at + j, d * load(scale, j) + load(shift, j))
 
@@ -1114,20 +1134,20 @@ def _apply_columns_many(x, y, at, first, last, factor, high, scale, shift, gamma
 
 
 @plain
-def _apply_rows_of_columns(call, unit, row, end, factor, high, scale, shift):
-    """y of rows row..end of a slab; float32 arithmetic if there is no `factor`."""
+def _apply_rows_of_columns(call, unit, row, end, begin, stop, factor, high, scale, shift):
+    """y of rows row..end, columns begin..stop of a slab; in float32 if there is no `factor`."""
     x, y, axes = call.x, call.y, call.axes
     k0, r0, k1, r1, params, span = axes
-    _, _, _, columns, origin = _slab(axes, unit)
+    _, _, _, _, origin = _slab(axes, unit)
     folded = _by_column(axes)
     for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
         if folded:
-            _apply_columns(x, y, at, columns, factor, high, scale, shift)
+            _apply_columns(x, y, at, begin, stop, factor, high, scale, shift)
             continue
-        first = 0
-        while first < columns:
+        first = begin
+        while first < stop:
             index, end_of_run = _parameter(axes, at + first)
-            last = min(columns, end_of_run - at)
+            last = min(stop, end_of_run - at)
             if span == 1:
                 _apply_columns_many(
                     x, y, at, first, last, factor, high, scale, shift, call.gamma, call.beta, index
@@ -1147,7 +1167,7 @@ def _columns_forward(call, first, last):
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, lift = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    low, weight = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    low, weight, wide = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     one = np.float32(1.0)
     narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
     rounds = 2 if is_float64(x) and call.center else 1
@@ -1185,15 +1205,22 @@ def _columns_forward(call, first, last):
             row, end = 0, r0
             if stage == APPLY:
                 row, end = part * r0 // parts, (part + 1) * r0 // parts
-            if _prepare_columns(
-                call, unit, mean, residual, rstd, factor, high, low, scale, lift, weight
-            ):
-                _apply_rows_of_columns(call, unit, row, end, factor, high, scale, lift)
-            else:
-                _copy_from(high, 0, narrow[0], columns)
-                _copy_from(scale, 0, narrow[1], columns)
-                _copy_from(lift, 0, narrow[2], columns)
-                _apply_rows_of_columns(call, unit, row, end, None, *narrow)
+            count = _prepare_columns(
+                call, unit, mean, residual, rstd, factor, high, low, scale, lift, weight, wide
+            )
+            _copy_from(high, 0, narrow[0], columns)
+            _copy_from(scale, 0, narrow[1], columns)
+            _copy_from(lift, 0, narrow[2], columns)
+            begin = 0
+            while begin < columns:
+                stop = _same_type(wide, count, begin, columns)
+                if load(wide, begin) == 0.0:
+                    _apply_rows_of_columns(call, unit, row, end, begin, stop, None, *narrow)
+                else:
+                    _apply_rows_of_columns(
+                        call, unit, row, end, begin, stop, factor, high, scale, lift
+                    )
+                begin = stop
 
 
 # -------------------------------------------------------------------------------- columns: backward
@@ -1275,17 +1302,18 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
 
 
 @inline
-def _centre_columns(call, unit, mean, residual, factor, high, low, rstd):
-    """`_centre` for each column of a slab; whether dx needs float64."""
+def _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide):
+    """`_centre` for each column of a slab; how many need float64."""
     _, groups, _, _, _ = _slab(call.axes, unit)
     r1 = call.axes[3]
     _load_slab(call, unit, mean, residual, rstd)
-    wide = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, rstd)
+    count = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, rstd, wide)
     _expand(factor, groups, r1)
     _expand(high, groups, r1)
     _expand(low, groups, r1)
     _expand(rstd, groups, r1)
-    return wide > 0
+    _expand(wide, groups, r1)
+    return count * r1
 
 
 @elementwise
@@ -1333,8 +1361,8 @@ def _prepare_column_grads(call, unit, low, rstd, sums, weight, s, p, scale, slop
 
 
 @elementwise
-def _dx_columns(dy, x, dx, at, columns, factor, high, scale, slope, shift):
-    for j in range(columns):
+def _dx_columns(dy, x, dx, at, first, last, factor, high, scale, slope, shift):
+    for j in range(first, last):
         d = times(load(x, at + j), factor, j) - load(high, j)
         line = d * load(slope, j) + load(shift, j)
         store(dx, at + j, times(load(dy, at + j) * load(scale, j) + line, factor, j))
@@ -1362,20 +1390,20 @@ def _dx_columns_many(dy, x, dx, at, first, last, factor, high, scale, slope, shi
 
 
 @plain
-def _apply_column_grads(call, unit, row, end, factor, high, scale, slope, shift):
-    """dx of rows row..end of a slab; float32 arithmetic if there is no `factor`."""
+def _apply_column_grads(call, unit, row, end, begin, stop, factor, high, scale, slope, shift):
+    """dx of rows row..end, columns begin..stop of a slab; in float32 if there is no `factor`."""
     dy, x, dx, axes = call.dy, call.x, call.dx, call.axes
     k0, r0, k1, r1, params, span = axes
-    _, _, _, columns, origin = _slab(axes, unit)
+    _, _, _, _, origin = _slab(axes, unit)
     folded = _by_column(axes)
     for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
         if folded:
-            _dx_columns(dy, x, dx, at, columns, factor, high, scale, slope, shift)
+            _dx_columns(dy, x, dx, at, begin, stop, factor, high, scale, slope, shift)
             continue
-        first = 0
-        while first < columns:
+        first = begin
+        while first < stop:
             index, end_of_run = _parameter(axes, at + first)
-            last = min(columns, end_of_run - at)
+            last = min(stop, end_of_run - at)
             if span == 1:
                 _dx_columns_many(
                     dy, x, dx, at, first, last, factor, high, scale, slope, shift, call.gamma, index
@@ -1397,6 +1425,7 @@ def _columns_backward(call, first, last):
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, slope, shift = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     weight, s, p = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    wide = scratch(0.0, SLAB)
     one = np.float32(1.0)
     narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
     for task in range(first, last):
@@ -1404,7 +1433,7 @@ def _columns_backward(call, first, last):
         if stage in (SUMS, APPLY):
             unit, part = task // parts, task % parts
         _, _, _, columns, _ = _slab(call.axes, unit)
-        wide = _centre_columns(call, unit, s, p, factor, high, low, rstd)
+        count = _centre_columns(call, unit, s, p, factor, high, low, rstd, wide)
         if stage == SUMS:
             to = PAIR * task
             _column_grad_sums(call, unit, part, factor, high, low, call.partial, to)
@@ -1425,14 +1454,20 @@ def _columns_backward(call, first, last):
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
         _prepare_column_grads(call, unit, low, rstd, sums, weight, s, p, scale, slope, shift)
-        if wide:
-            _apply_column_grads(call, unit, row, end, factor, high, scale, slope, shift)
-        else:
-            _copy_from(high, 0, narrow[0], columns)
-            _copy_from(scale, 0, narrow[1], columns)
-            _copy_from(slope, 0, narrow[2], columns)
-            _copy_from(shift, 0, narrow[3], columns)
-            _apply_column_grads(call, unit, row, end, None, *narrow)
+        _copy_from(high, 0, narrow[0], columns)
+        _copy_from(scale, 0, narrow[1], columns)
+        _copy_from(slope, 0, narrow[2], columns)
+        _copy_from(shift, 0, narrow[3], columns)
+        begin = 0
+        while begin < columns:
+            stop = _same_type(wide, count, begin, columns)
+            if load(wide, begin) == 0.0:
+                _apply_column_grads(call, unit, row, end, begin, stop, None, *narrow)
+            else:
+                _apply_column_grads(
+                    call, unit, row, end, begin, stop, factor, high, scale, slope, shift
+                )
+            begin = stop
 
 
 @plain
@@ -1454,7 +1489,7 @@ def _column_param_sums(dy, x, first, count, mean, residual, rstd, group):
     for j in range(count):
         g = np.float64(load(dy, first + j))
         m, r = load(mean, group + j), load(rstd, group + j)
-        e = load(residual, group + j) if is_float64(x) else 0.0
+        e = load(residual, group + j) if given(residual) else 0.0
         factor, high, low, scaled = _centre(x, m, e, r)
         s += g
         p += g * (_centred(x, first + j, factor, high, low) * scaled)

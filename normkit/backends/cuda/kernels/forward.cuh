@@ -1,0 +1,204 @@
+// Statistics and normalisation: one kernel that does both, or either half of it.
+namespace nk {
+enum { REDUCE = 1, APPLY = 2 };
+
+// What a thread knows of a group when it normalises. Data so large or small that float would overflow
+// or flush are scaled by a power of two, at no cost.
+template <class A> struct Stat {
+  A hi, lo, rstd, scale;  // the mean in two parts and rstd, both of scaled data
+  __device__ __forceinline__ Stat() {}
+  __device__ __forceinline__ Stat(double mean, double residual, double r) {
+    const double big = sizeof(A) == 4 ? 0x1p96 : 0x1p500, s = r > 1e-30 ? r < 1e30 ? 1.0 : big : 1.0 / big;
+    hi = (A)(mean * s);
+    lo = (A)(mean * s - (double)hi + residual * s);
+    rstd = (A)(r / s);
+    scale = (A)s;
+  }
+  __device__ __forceinline__ A xhat(A x) const { return (fma(x, scale, -hi) - lo) * rstd; }
+  __device__ __forceinline__ A unscale(A v) const { return v * rstd * scale; }
+};
+
+struct Statistics {  // of all groups, in global memory, or null where nobody needs them
+  double *mean, *residual, *rstd, *var;
+  template <class A> __device__ __forceinline__ Stat<A> read(i64 group) const {
+    return Stat<A>(mean[group], residual ? residual[group] : 0.0, rstd[group]);
+  }
+  template <class A>
+  __device__ __forceinline__ Stat<A> finish(i64 group, const Moments& m, double eps, bool writes) const {
+    const double v = m.m2 / m.n, r = 1.0 / sqrt(v + eps), mu = m.shift + m.offset;
+    const double rest = sizeof(A) == 8 && isfinite(mu) ? m.shift - mu + m.offset : 0.0;
+    if (writes && mean) {
+      mean[group] = mu, rstd[group] = r, var[group] = v;
+      if (residual) residual[group] = rest;
+    }
+    return Stat<A>(mu, rest, r);
+  }
+};
+#define NK_STATISTICS double *mean, double *residual, double *rstd, double *var
+#define NK_STATISTICS_VALUES {mean, residual, rstd, var}
+
+// Sums of a thread, about its own first values: nothing cancels, and data far from zero lose nothing.
+template <class Walk, class A> struct Sums {
+  static constexpr int N = Walk::N, C = Walk::SUMS;
+  A shift[C], sum[C], square[C];
+  u32 n;
+  __device__ __forceinline__ Sums() : n(0) {
+#pragma unroll
+    for (int k = 0; k < C; ++k) shift[k] = sum[k] = square[k] = A(0);
+  }
+  __device__ __forceinline__ void add(const A (&f)[N], int valid, bool center) {
+    if (valid <= 0) return;
+    if (n == 0 && center) {
+      if constexpr (C == 1) {
+        A total = A(0);
+#pragma unroll
+        for (int k = 0; k < N; ++k) total += k < valid ? f[k] : A(0);
+        shift[0] = total / (A)valid;
+      } else {
+#pragma unroll
+        for (int k = 0; k < N; ++k) shift[k] = f[k];
+      }
+    }
+    n += C == 1 ? valid : 1;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const A d = k < valid ? f[k] - shift[k % C] : A(0);
+      sum[k % C] += d;
+      square[k % C] = fma(d, d, square[k % C]);
+    }
+  }
+};
+
+// The moments of a thread's values of column k, read again in double: for what overflows or flushes
+// in float, and for infinities.
+template <class T, class Walk>
+__device__ __noinline__ Moments wide_moments(const Walk walk, const T* x, int k, bool center) {
+  const int step = Walk::SUMS;
+  double n = 0.0, sum = 0.0, m2 = 0.0;
+  for (int pass = center ? 0 : 1; pass < 2; ++pass) {
+    const double mean = pass && center ? sum / n : 0.0;
+    n = 0.0;
+    for (u32 j = 0; j < walk.slots; ++j) {
+      const Slot s = walk.at(j);
+      for (int i = k; i < s.n; i += step) {
+        const double v = (double)widen(x[s.at + i]);
+        n += 1.0;
+        if (pass) m2 += (v - mean) * (v - mean);
+        else sum += v;
+      }
+    }
+  }
+  return Moments{n, 0.0, center ? sum / n : 0.0, m2};
+}
+
+// The moments of a thread's sums, and whether float held them.
+template <class Walk, class A>
+__device__ __forceinline__ bool thread_moments(const Sums<Walk, A>& s, int k, bool center, double least, Moments& m) {
+  const double n = s.n, sum = s.sum[k], square = s.square[k];
+  m = Moments{n, 0.0, 0.0, square};
+  if (s.n == 0) return true;
+  if (center) m.shift = s.shift[k], m.offset = sum / n, m.m2 = max(square - sum / n * sum, 0.0);
+  return isfinite(sum) && isfinite(square) && !(sizeof(A) == 4 && square < least);
+}
+
+// Merge what the threads of a block of Columns have: calls done(group of the tile, moments) in all
+// threads that merged it. The table is (rows of threads, columns).
+extern __shared__ __align__(16) unsigned char nk_shared[];
+
+template <class T, class A, int N, class F>
+__device__ __forceinline__ void merge_columns(const Geometry& g, const Columns<N>& walk, const Sums<Columns<N>, A>& sums,
+                                              const T* x, bool center, double least, F done) {
+  Moments* const table = reinterpret_cast<Moments*>(nk_shared);
+  const u32 lane = threadIdx.x % g.merge, teams = blockDim.x / g.merge, runs = walk.width / (u32)g.r1;
+  const u32 mine = threadIdx.x / g.lanes;
+  if (walk.valid) {
+    Moments* const own = table + mine * walk.width + walk.column0;
+    bool held = true;
+#pragma unroll
+    for (int k = 0; k < N; ++k) held &= thread_moments(sums, k, center, least, own[k]);
+#pragma unroll 1
+    for (int k = held ? N : 0; k < N; ++k) own[k] = wide_moments(walk, x, k, center);
+  }
+  __syncthreads();
+  const Div by_run((u32)g.r1);
+  for (u32 first = 0; first < runs; first += teams) {
+    const u32 i = first + threadIdx.x / g.merge;
+    const Moments m = combine<false>(g.merge, lane, i < runs ? walk.down * (u32)g.r1 : 0, [&](u32 e) {
+      u32 column;
+      const u32 row = by_run(e, column);
+      return table[row * walk.width + i * (u32)g.r1 + column];
+    });
+    if (i < runs) done(i, m, lane == 0);
+  }
+}
+
+template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool BLOCK, int THREADS, int STAGE>
+__global__ void __launch_bounds__(THREADS, 1)
+forward(const T* x, T* y, const P* gamma, const P* beta, NK_STATISTICS, Moments* partials, NK_GEOMETRY,
+        const double eps, const double least, const int center) {
+  typedef typename Arithmetic<T>::type A;
+  constexpr int N = Walk::N, C = Walk::SUMS;
+  constexpr bool ROWS = Walk::ROWS;
+  const Geometry g = NK_GEOMETRY_VALUES;
+  const Statistics st = NK_STATISTICS_VALUES;
+  // the half that normalises goes backwards: what the other half read last may still be in the cache
+  const Walk walk(g, STAGE == APPLY ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  Held<T, N, KEEP, ALIGNED> held(x, walk);
+  Stat<A> stat[C];
+  if constexpr (STAGE & REDUCE) {
+    Sums<Walk, A> sums;
+    visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
+      A f[N];
+      v.open(f);
+      sums.add(f, s.n, center);
+    }, held);
+    auto finish = [&](i64 i, const Moments& m, bool writes) {
+      if (STAGE == REDUCE && g.parts > 1) {
+        if (writes) partials[i * g.parts + walk.part] = m;
+      } else {
+        const Stat<A> s = st.finish<A>(i, m, eps, writes);
+        if (ROWS) stat[0] = s;
+      }
+    };
+    if constexpr (ROWS) {
+      Moments own;
+      if (!thread_moments(sums, 0, center, least, own)) own = wide_moments(walk, x, 0, center);
+      finish(walk.group, combine<BLOCK>(g.lanes, walk.lane, g.lanes, [&](u32) { return own; }), walk.leads());
+    } else {
+      merge_columns(g, walk, sums, x, center, least,
+                    [&](u32 i, const Moments& m, bool writes) { finish(walk.group0 + i, m, writes); });
+    }
+    if (!ROWS) __syncthreads();  // what was written is read again below
+  }
+  if constexpr (STAGE & APPLY) {
+#pragma unroll
+    for (int k = 0; k < C; ++k)
+      if (walk.valid && !(ROWS && STAGE & REDUCE)) stat[k] = st.read<A>(walk.group_of(k));
+    const Index index = g.param();
+    const Param<P, Walk, MODE, ALIGNED> scale(gamma, 1.0, walk, index), offset(beta, 0.0, walk, index);
+    visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
+      A f[N], a[N], b[N];
+      v.open(f);
+      scale.read(s, index, a);
+      offset.read(s, index, b);
+#pragma unroll
+      for (int k = 0; k < N; ++k) f[k] = fma(stat[k % C].xhat(f[k]), a[k], b[k]);
+      Vec<T, N> out;
+      out.close(f);
+      store<ALIGNED>(y + s.at, out, s.n, s.first, s.last);
+    }, held);
+  }
+}
+
+// Statistics from the moments of all parts of a group: a warp a group, or a block.
+template <bool BLOCK>
+__global__ void __launch_bounds__(256)
+finish_moments(const Moments* partials, NK_STATISTICS, const i64 groups, const u32 parts, const double eps) {
+  const Statistics st = NK_STATISTICS_VALUES;
+  const u32 lanes = BLOCK ? blockDim.x : 32, lane = threadIdx.x % lanes;
+  const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+  const Moments m = combine<BLOCK>(lanes, lane, group < groups ? parts : 0,
+                                   [&](u32 i) { return partials[group * parts + i]; });
+  if (group < groups) st.finish<double>(group, m, eps, lane == 0);
+}
+}  // namespace nk

@@ -1,0 +1,160 @@
+// Where the vectors of a thread are, in an array of axes (k0, r0, k1, r1).
+namespace nk {
+
+// The integers of a launch, which the planner chose. A walk's work (vectors of a group for Rows, rows
+// of a tile of columns for Columns) is cut in `parts` of `per`, `slots` vectors a thread.
+#define NK_GEOMETRY                                                                              \
+  const i64 k0, const i64 r0, const i64 k1, const i64 r1, const i64 params, const i64 span,      \
+      const u32 parts, const u32 per, const u32 slots, const u32 lanes, const u32 columns, const u32 merge
+#define NK_GEOMETRY_VALUES {k0, r0, k1, r1, params, span, parts, per, slots, lanes, columns, merge}
+struct Geometry {
+  i64 k0, r0, k1, r1, params, span;
+  u32 parts, per, slots;
+  u32 lanes;    // Rows: threads of a team, which has one group; Columns: threads side by side
+  u32 columns;  // Columns: of a tile
+  u32 merge;    // Columns: threads that merge the sums of one group
+  __device__ i64 row() const { return k1 * r1; }
+  __device__ i64 size() const { return k0 * r0 * k1 * r1; }
+  __device__ Index param() const { return Index(size(), span, params, size()); }
+};
+
+struct Slot {
+  i64 at;            // flat place of the vector's first value
+  i64 top;           // the same in the walk's first row
+  int n;             // how many of its values belong to the walk: 0 for an idle thread
+  bool first, last;  // no neighbour in the warp holds what lies before, behind
+};
+
+// Long runs: a team of threads shares a group, its r0 runs of r1 values cut in vectors that belong to
+// one run each. All values of a thread are of one group.
+template <int N_> struct Rows {
+  static constexpr int N = N_, SUMS = 1;
+  static constexpr bool ROWS = true;
+  u32 lane, lanes, begin, end, slots, part;
+  i64 group, base, row, r1;
+  bool valid;
+  Div by_run;
+  __device__ Rows(const Geometry& g, i64 block)
+      : lane(threadIdx.x % g.lanes), lanes(g.lanes), slots(g.slots), row(g.row()), r1(g.r1),
+        by_run((u32)((g.r1 + N - 1) / N)) {
+    const i64 unit = block * (blockDim.x / g.lanes) + threadIdx.x / g.lanes;
+    group = g.parts == 1 ? unit : unit / g.parts;
+    part = (u32)(unit - group * g.parts);
+    valid = group < g.k0 * g.k1;
+    begin = part * g.per;
+    end = valid ? (u32)min(g.r0 * by_run.d, (i64)begin + g.per) : 0;
+    base = g.k1 == 1 ? group * g.r0 * r1 : group / g.k1 * g.r0 * row + group % g.k1 * r1;
+  }
+  __device__ __forceinline__ Slot at(u32 j) const {
+    const u32 q = begin + j * lanes + lane;
+    if (q >= end) return Slot{0, 0, 0, false, false};
+    u32 v;
+    const i64 run = by_run(q, v), from = (i64)v * N;
+    return Slot{base + run * row + from, base + from, (int)min((i64)N, r1 - from),
+                v == 0 || lane == 0 || threadIdx.x % 32 == 0,
+                v + 1 == by_run.d || lane + 1 == lanes || threadIdx.x % 32 == 31 || q + 1 == end};
+  }
+  __device__ __forceinline__ bool leads() const { return lane == 0 && valid; }
+  __device__ __forceinline__ i64 column(int) const { return base; }  // a value of the walk's group
+  __device__ __forceinline__ i64 group_of(int) const { return group; }
+};
+
+// Short runs: the threads of a block stand side by side over a tile of neighbouring columns, whole
+// groups of them, and walk down its rows. Every column of a thread has sums of its own.
+template <int N_> struct Columns {
+  static constexpr int N = N_, SUMS = N_;
+  static constexpr bool ROWS = false;
+  u32 begin, end, slots, part, down, column0, width;  // width: columns of this tile
+  i64 tile, group0, base, row, r1;
+  bool valid;
+  Div by_group;
+  __device__ Columns(const Geometry& g, i64 block)
+      : slots(g.slots), row(g.row()), r1(g.r1), by_group((u32)g.r1) {
+    const i64 chunks = (row + g.columns - 1) / g.columns;
+    tile = block / g.parts;
+    part = (u32)(block - tile * g.parts);
+    const i64 k0 = tile / chunks, first = (tile - k0 * chunks) * g.columns;
+    down = blockDim.x / g.lanes;
+    column0 = threadIdx.x % g.lanes * N;
+    width = (u32)min((i64)g.columns, row - first);
+    valid = threadIdx.x / g.lanes < down && column0 < width;
+    begin = part * g.per + threadIdx.x / g.lanes;
+    end = valid ? (u32)min(g.r0, (i64)(part + 1) * g.per) : 0;
+    group0 = k0 * g.k1 + first / r1;
+    base = k0 * g.r0 * row + first + column0;
+  }
+  __device__ __forceinline__ Slot at(u32 j) const {
+    const u32 q = begin + j * down;
+    if (q >= end) return Slot{0, 0, 0, false, false};
+    return Slot{base + (i64)q * row, base, N, column0 == 0 || threadIdx.x % 32 == 0,
+                column0 + N == width || threadIdx.x % 32 == 31};
+  }
+  __device__ __forceinline__ i64 column(int k) const { return base + k; }
+  __device__ __forceinline__ i64 group_of(int k) const { u32 rest; return group0 + by_group(column0 + k, rest); }
+};
+
+// Arrays as a thread sees them: the first KEEP vectors stay in registers, the others are read again.
+// ALL: there are no others.
+template <class T, int N, int KEEP_, bool ALIGNED, bool ALL_ = false> struct Held {
+  static constexpr int KEEP = KEEP_, BATCH = ALL_ ? 0 : 4;
+  const T* p;
+  Vec<T, N> kept[KEEP ? KEEP : 1], batch[BATCH ? BATCH : 1];
+  template <class Walk> __device__ __forceinline__ Held(const T* p, const Walk& walk) : p(p) {
+#pragma unroll
+    for (int j = 0; j < KEEP; ++j)
+      if (j < (int)walk.slots) kept[j] = get(walk.at(j));
+  }
+  __device__ __forceinline__ Vec<T, N> get(const Slot& s) const { return load<ALIGNED, N>(p + s.at, s.n); }
+};
+
+// Calls f(j, slot, vectors ...) for all slots of a thread, in their order.
+template <class Walk, class F, class H, class... Hs>
+__device__ __forceinline__ void visit(const Walk& walk, F f, H& held, Hs&... others) {
+#pragma unroll
+  for (int j = 0; j < H::KEEP; ++j)
+    if (j < (int)walk.slots) f(j, walk.at(j), held.kept[j], others.kept[j]...);
+  if constexpr (H::BATCH > 0) {
+    for (u32 j = H::KEEP; j < walk.slots; j += H::BATCH) {
+      Slot s[H::BATCH];
+#pragma unroll
+      for (int b = 0; b < H::BATCH; ++b) {
+        s[b] = walk.at(j + b);
+        held.batch[b] = held.get(s[b]);
+        (..., (void)(others.batch[b] = others.get(s[b])));
+      }
+#pragma unroll
+      for (int b = 0; b < H::BATCH; ++b)
+        if (j + b < walk.slots) f(j + b, s[b], held.batch[b], others.batch[b]...);
+    }
+  }
+}
+
+// gamma and beta. FIXED: as the sums, one for all of a thread's values, or one a column. ALONG: values
+// of a run have neighbouring parameters. ANY: looked up one by one.
+enum { FIXED, ALONG, ANY };
+template <class P, class Walk, int MODE, bool ALIGNED> struct Param {
+  typedef typename Arithmetic<P>::type A;
+  static constexpr int N = Walk::N;
+  const P* p;
+  i64 origin;  // ALONG: flat place of the value that has parameter 0
+  A fixed[Walk::SUMS];
+  __device__ __forceinline__ Param(const P* p, double missing, const Walk& walk, const Index& index)
+      : p(p), origin(MODE == ALONG ? walk.base - walk.base % index.count : 0) {
+#pragma unroll
+    for (int k = 0; k < Walk::SUMS; ++k)
+      fixed[k] = p && MODE == FIXED && walk.valid ? (A)widen(p[index(walk.column(k))]) : (A)missing;
+  }
+  __device__ __forceinline__ void read(const Slot& s, const Index& index, A (&out)[N]) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = fixed[k % Walk::SUMS];
+    if (MODE == FIXED || !p) return;
+    if constexpr (MODE == ALONG) {
+      load<ALIGNED, N>(p + (s.top - origin), s.n).open(out);
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+        if (k < s.n) out[k] = (A)widen(p[index(s.at + k)]);
+    }
+  }
+};
+}  // namespace nk

@@ -1,0 +1,394 @@
+"""The CUDA backend's plans and kernels, run on the host, against the reference backend."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from itertools import product
+from math import prod
+from typing import Any
+from unittest import mock
+
+import ml_dtypes  # noqa: F401  (makes np.dtype("bfloat16") known)
+import numpy as np
+import oracles
+import pytest
+import test_oracles
+from cuda_host import HostDevice, unavailable
+
+import normkit as nk
+from normkit.backends.cuda import Cuda, planner
+from normkit.backends.cuda.planner import Limits
+from normkit.dispatch import load
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+@dataclass(frozen=True)
+class Call:
+    norm: Callable[..., Any]
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        options = "".join(f"-{k}{v}" for k, v in self.options.items())
+        return f"{self.norm.__name__}{self.shape}{options}".replace(" ", "")
+
+
+LAST = {"channel_axis": -1}
+CALLS = [
+    # rows: several teams a warp, a warp, a block, several blocks; even and odd
+    Call(nk.layer_norm, (9, 64)),
+    Call(nk.layer_norm, (5, 37)),
+    Call(nk.layer_norm, (6, 3)),
+    Call(nk.rms_norm, (3, 513)),
+    Call(nk.rms_norm, (2, 2048)),
+    Call(nk.layer_norm, (3, 4099)),
+    Call(nk.layer_norm, (2, 33000)),
+    Call(nk.layer_norm, (2, 40001)),
+    # parameters of other axes than those reduced over
+    Call(nk.layer_norm, (3, 4, 640), {"axis": (1, 2), "param_axis": 2}),
+    Call(nk.layer_norm, (6, 40), {"axis": 1, "param_axis": 0}),
+    Call(nk.layer_norm, (2, 12, 5, 16), {"axis": 1}),
+    Call(nk.layer_norm, (2, 12, 5, 3), {"axis": 1, "param_axis": (1, 2)}),
+    Call(nk.layer_norm, (2, 4, 40, 40), {"axis": 1}),
+    Call(nk.layer_norm, (2, 700, 72), {"axis": 1}),
+    Call(nk.layer_norm, (1, 700, 71), {"axis": 1}),
+    Call(nk.layer_norm, (2, 2, 6, 3), {"axis": (1, 2), "param_axis": (0, 1)}),
+    Call(nk.layer_norm, (2, 6, 4000), {"axis": (1, 2), "param_axis": 2}),
+    # long runs and short ones, in one block and in several
+    Call(nk.instance_norm, (2, 5, 9, 9)),
+    Call(nk.instance_norm, (2, 3, 200, 201)),
+    Call(nk.instance_norm, (2, 9, 9, 16), LAST),
+    Call(nk.group_norm, (2, 32, 8, 8), {"num_groups": 4}),
+    Call(nk.group_norm, (2, 8, 100, 101), {"num_groups": 2}),
+    Call(nk.group_norm, (3, 8, 2, 2), {"num_groups": 2}),
+    Call(nk.group_norm, (2, 8, 8, 32), {"num_groups": 4, "channel_axis": -1}),
+    Call(nk.group_norm, (2, 8, 8, 512), {"num_groups": 2, "channel_axis": -1}),
+    Call(nk.group_norm, (5, 32), {"num_groups": 4}),
+    Call(nk.batch_norm, (4, 6, 30, 31)),
+    Call(nk.batch_norm, (4, 3, 90, 91)),
+    Call(nk.batch_norm, (8, 16, 7, 7)),
+    Call(nk.batch_norm, (8, 5, 7, 7)),
+    Call(nk.batch_norm, (64, 40)),
+    Call(nk.batch_norm, (70, 3)),
+    Call(nk.batch_norm, (1500, 64)),
+    Call(nk.batch_norm, (40000, 3)),
+]
+# x's dtype, and how many elements off alignment its data are; half data that are off meet
+# float32 parameters. Every eighth call runs in all variants, the others in two; with NORMKIT_FULL=1
+# all do.
+VARIANTS = list(product(["float32", "bfloat16", "float64", "float16"], [0, 1]))
+FEW = [("float32", 0), ("bfloat16", 1)]
+FULL = os.environ.get("NORMKIT_FULL") == "1"
+RUNS = [
+    (call, *variant)
+    for i, call in enumerate(CALLS)
+    for variant in (VARIANTS if FULL or i % 8 == 0 else FEW)
+]
+#: error over the largest value: a few units in the last place
+TOLERANCE = {"float32": 2e-6, "float64": 4e-15, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+class Host(HostDevice):
+    """The emulation as the backend sees a device; `moved` arrays lie `shift` elements off."""
+
+    def __init__(self, shift: int = 0, **options: Any) -> None:
+        super().__init__(limits=Limits(sms=2), **options)
+        self.shift = shift
+
+    def moved(self, array: np.ndarray) -> np.ndarray:
+        return self.array(array, self.shift)
+
+    def on(self, array: np.ndarray) -> Any:
+        return nullcontext()
+
+
+class Unrun(Host):
+    """Notes which kernels it is asked for."""
+
+    def launch(self, launch: planner.Launch) -> None:
+        self.launched.append(launch.kernel)
+
+
+@contextmanager
+def serving(device: Host) -> Iterator[Host]:
+    """NumPy arrays are the device's."""
+    backend = Cuda(device)
+    with mock.patch("normkit.call.backend_for", return_value=backend):
+        yield device
+
+
+def inputs(call: Call, dtype: str, params: str | None = None) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(sum(call.shape))
+    x = (3 + 2 * rng.standard_normal(call.shape)).astype(dtype)
+    shape = call.norm.declare(x, **call.options).plan.layout.param_shape
+    gamma = 1 + rng.standard_normal(shape) / 2
+    beta, dy = (rng.standard_normal(s) for s in (shape, call.shape))
+    gamma, beta = (a.astype(dtype).astype(params or dtype) for a in (gamma, beta))
+    return x, gamma, beta, dy.astype(dtype)
+
+
+def run_inputs(call: Call, dtype: str, shift: int) -> tuple[np.ndarray, ...]:
+    mixed = shift and dtype in ("bfloat16", "float16")
+    return inputs(call, dtype, "float32" if mixed else None)
+
+
+def results(call: Call, x: Any, gamma: Any, beta: Any, dy: Any) -> list[Any]:
+    """y twice, and gradients; the same without parameters."""
+    plain = call.norm(x, gamma, beta, **call.options)
+    y, pullback = nk.vjp(call.norm, x, gamma, beta, **call.options)
+    bare, bare_pullback = nk.vjp(call.norm, x, **call.options)
+    return [plain, y, *pullback(dy), bare, bare_pullback(dy).x]
+
+
+def close(got: Any, want: Any, dtype: str) -> None:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert np.max(np.abs(got - want)) <= TOLERANCE[dtype] * max(1.0, np.max(np.abs(want)))
+
+
+@pytest.mark.parametrize(("call", "dtype", "shift"), RUNS, ids=str)
+def test_agrees_with_the_reference(call: Call, dtype: str, shift: int) -> None:
+    given = run_inputs(call, dtype, shift)
+    with nk.use_backend("reference"):
+        want = results(call, *given)
+    with serving(Host(shift)) as device:
+        got = results(call, *map(device.moved, given))
+    assert got[0].tobytes() == got[1].tobytes()
+    for g, w in zip(got, want, strict=True):
+        close(g, w, dtype)
+
+
+def operations(call: Call, backend: Any, move: Callable[[Any], Any]) -> list[Any]:
+    """What a backend's operations give when used one by one, as merged statistics need them."""
+    x, gamma, beta, dy = inputs(call, "float32")
+    declared = call.norm.declare(x, gamma, beta, **call.options)
+    axes, center = declared.plan.layout.axes, declared.center
+    x, dy = (move(declared.plan.layout.view(a).copy()) for a in (x, dy))
+    gamma, beta = map(move, declared.params())
+    y, again = (np.empty_like(x) for _ in range(2))
+    backend.forward(x, axes, gamma, beta, y, eps=1e-5, center=center, keep=True)
+    stats = backend.moments(x, axes, eps=1e-5, center=center)
+    backend.normalize(x, axes, stats, gamma, beta, again)
+    found = [y, again]
+    for affine, weight in product((True, False), (gamma, None)):
+        dx, options = np.empty_like(x), {"center": center, "frozen": True, "affine": affine}
+        sums = backend.gradients(dy, x, axes, stats, weight, dx, **options)
+        found += [dx, *(sums or ())]
+    return found
+
+
+@pytest.mark.parametrize("call", CALLS, ids=repr)
+def test_the_operations_one_by_one(call: Call) -> None:
+    device = Host()
+    got = operations(call, Cuda(device), device.moved)
+    want = operations(call, load("reference"), np.array)
+    assert got[0].tobytes() == got[1].tobytes()
+    for g, w in zip(got, want, strict=True):
+        close(g, w, "float32")
+
+
+# Few and small, as every access is watched.
+WATCHED = [
+    Call(nk.layer_norm, (3, 37)),
+    Call(nk.layer_norm, (2, 700)),
+    Call(nk.rms_norm, (1, 20000)),
+    Call(nk.batch_norm, (5, 8, 7, 7)),
+    Call(nk.batch_norm, (2, 2, 110, 111)),
+    Call(nk.batch_norm, (64, 16)),
+    Call(nk.batch_norm, (1100, 17)),
+    Call(nk.group_norm, (2, 8, 6, 6), {"num_groups": 2}),
+]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("call", WATCHED, ids=repr)
+def test_no_races_and_any_order(call: Call, shift: int) -> None:
+    given = inputs(call, "float32")
+    orders: list[dict[str, Any]] = [
+        {"check": True, "order": "random", "seed": 3},
+        {"order": "ascending"},
+        {"order": "descending"},
+    ]
+    seen = set()
+    for options in orders:
+        with serving(Host(shift, **options)) as device:
+            found = results(call, *map(device.moved, given))
+        seen.add(tuple(a.tobytes() for a in found))
+    assert len(seen) == 1
+
+
+BATCHES = [
+    Call(nk.layer_norm, (6, 37)),
+    Call(nk.rms_norm, (3, 5001)),
+    Call(nk.layer_norm, (3, 40001)),
+    Call(nk.instance_norm, (4, 3, 9, 9)),
+    Call(nk.instance_norm, (4, 9, 9, 24), LAST),
+    Call(nk.group_norm, (3, 8, 7, 7), {"num_groups": 2}),
+    Call(nk.group_norm, (3, 7, 7, 24), {"num_groups": 2, "channel_axis": -1}),
+]
+
+
+@pytest.mark.parametrize("call", BATCHES, ids=repr)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sample_has_the_same_bits_in_any_batch(call: Call, dtype: str) -> None:
+    x, gamma, beta, dy = inputs(call, dtype)
+
+    def run(part: slice, shift: int) -> tuple[Any, Any]:
+        with serving(Host(shift)) as device:
+            args = map(device.moved, (x[part], gamma, beta))
+            y, pullback = nk.vjp(call.norm, *args, **call.options)
+            return y, pullback(device.moved(dy[part])).x
+
+    y, dx = run(slice(None), 0)
+    for i in range(len(x)):
+        for shift in (0, 1):
+            one_y, one_dx = run(slice(i, i + 1), shift)
+            assert one_y.tobytes() == y[i : i + 1].tobytes()
+            assert one_dx.tobytes() == dx[i : i + 1].tobytes()
+
+
+SHAPES = [(6, 8, 5, 5), (6, 5, 7, 7), (2, 3, 110, 111), (40, 24), (1100, 24)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_running_statistics(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    x, dy = (rng.standard_normal(shape).astype("float32") for _ in range(2))
+    gamma, beta = (rng.standard_normal(shape[1]).astype("float32") for _ in range(2))
+
+    def steps(move: Callable[[Any], Any]) -> list[Any]:
+        mean, spread = move(np.zeros(shape[1], "float32")), move(np.ones(shape[1], "float32"))
+        args, seen = [move(a) for a in (x, gamma, beta)], []
+        for norm, name in ((nk.batch_norm, "running_var"), (nk.batch_renorm, "running_std")):
+            for training in (True, False):
+                options = {"running_mean": mean, name: spread, "training": training}
+                y, pullback = nk.vjp(norm, *args, **options)
+                seen += [y, *pullback(move(dy)), mean.copy(), spread.copy()]
+                seen.append(nk.vjp(norm, args[0], **options)[1](move(dy)).x)
+        return seen
+
+    with nk.use_backend("reference"):
+        want = steps(np.array)
+    with serving(Host()) as device:
+        got = steps(device.moved)
+    for g, w in zip(got, want, strict=True):
+        close(g, w, "float32")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_renorm_without_corrections_is_batch_norm(shape: tuple[int, ...]) -> None:
+    x, gamma, beta, _ = inputs(Call(nk.batch_norm, shape), "float32")
+    with serving(Host()) as device:
+        args = [device.moved(a) for a in (x, gamma, beta)]
+        mean, std = (device.moved(a) for a in (beta, abs(gamma)))
+        renorm = nk.batch_renorm(*args, running_mean=mean, running_std=std, r_max=1.0, d_max=0.0)
+        assert renorm.tobytes() == nk.batch_norm(*args).tobytes()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("call", WATCHED, ids=repr)
+def test_in_place(call: Call, shift: int) -> None:
+    given = inputs(call, "bfloat16")[:3]
+    with serving(Host(shift, check=True)) as device:
+        x, gamma, beta = map(device.moved, given)
+        y = call.norm(x, gamma, beta, **call.options)
+        call.norm(x, gamma, beta, out=x, **call.options)
+    assert x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("call", WATCHED, ids=repr)
+def test_gradients_keep_the_precision_of_a_wider_dy(call: Call) -> None:
+    x, gamma, beta, _ = inputs(call, "float16")
+    dy = np.random.default_rng(7).standard_normal(call.shape).astype("float32")
+    with nk.use_backend("reference"):
+        want = nk.vjp(call.norm, x, gamma, beta, **call.options)[1](dy)
+    with serving(Host()) as device:
+        args = map(device.moved, (x, gamma, beta))
+        got = nk.vjp(call.norm, *args, **call.options)[1](device.moved(dy))
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == np.float16
+        close(g, w, "float16")
+
+
+@pytest.mark.parametrize("scale", [1e-31, 1e-18, 1e18, 1e31])
+@pytest.mark.parametrize("call", [CALLS[1], CALLS[5], WATCHED[3], WATCHED[5]], ids=repr)
+def test_data_of_any_size(call: Call, scale: float) -> None:
+    x, gamma, beta, dy = inputs(call, "float32")
+    x = (x * scale).astype("float32")
+    options = {**call.options, "eps": 0.0}
+    with nk.use_backend("reference"):
+        y, pullback = nk.vjp(call.norm, x, gamma, beta, **options)
+        want = y, *pullback(dy)
+    with serving(Host()) as device:
+        y, pullback = nk.vjp(call.norm, *map(device.moved, (x, gamma, beta)), **options)
+        got = y, *pullback(device.moved(dy))
+    for g, w in zip(got, want, strict=True):
+        largest = max(float(np.max(np.abs(w))), 1e-37)
+        close(g.astype(np.float64) / largest, w.astype(np.float64) / largest, "float32")
+
+
+# Cases (a pattern of names) that a GPU's arithmetic cannot hold, and why.
+DENORMAL = "the data or the gradients are denormal in float32, which -ftz=true makes zeros"
+OVERFLOW = "about the largest float64, whose reciprocals are denormal and whose sums overflow"
+EXCEPTIONS = {
+    "adv.const1.401e-45_*": DENORMAL,
+    "adv.const9.184e-41_*": DENORMAL,
+    "adv.huge_max_uniform.*.bfloat16": DENORMAL,
+    "adv.huge_positive.*.bfloat16": DENORMAL,
+    "adv.pm_max.*.float32": DENORMAL,
+    "adv.std1e-39_*": DENORMAL,
+    "adv.const1.798e+308_*": OVERFLOW,
+}
+SMALL = [
+    case
+    for case in oracles.read(oracles.GOLDEN)
+    if test_oracles.applies(case) and not case.raises and prod(case.shape) < 2000
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("norm", oracles.NORMS)
+def test_oracles_hold(norm: str, dtype: str) -> None:
+    wrong = []
+    for case in SMALL:
+        excepted = any(fnmatch(case.name, pattern) for pattern in EXCEPTIONS)
+        if (case.op, case.dtype) != (norm, dtype) or excepted:
+            continue
+        with serving(Host(ftz=dtype != "float64")) as device:
+
+            def make(case: oracles.Case, device: Host = device) -> oracles.Arrays:
+                return {name: device.moved(a) for name, a in oracles.arrays(case).items()}
+
+            wrong += test_oracles.judge(case, make)
+    test_oracles.report(wrong)
+
+
+def test_every_exception_is_of_some_case() -> None:
+    assert all(any(fnmatch(case.name, pattern) for case in SMALL) for pattern in EXCEPTIONS)
+
+
+def regime(kernel: str) -> tuple[str, ...]:
+    """A kernel's name without dtypes and alignment."""
+    pattern = r"nk::(\w+)<.*, nk::(\w+)<(\d+)>, \d, (\d), \d+, (\d), \d+, (\d+)>"
+    found = re.fullmatch(pattern, kernel)
+    if found is None:
+        return (kernel.partition("<")[0],)
+    name, walk, n, mode, wide, stage = found.groups()
+    return name, walk, "single" if n == "1" else "vector", mode, wide, stage
+
+
+def test_every_regime_is_reached() -> None:
+    """Of all that the planner can name, by the tests above."""
+    reached = set()
+    for call, dtype, shift in RUNS:
+        with serving(Unrun(shift)) as device:
+            results(call, *map(device.moved, run_inputs(call, dtype, shift)))
+        reached |= {regime(kernel) for kernel in device.launched}
+    for call in CALLS:
+        device = Unrun()
+        operations(call, Cuda(device), device.moved)
+        reached |= {regime(kernel) for kernel in device.launched}
+    assert {regime(kernel) for _, kernel in planner.specialisations()} - reached == set()
