@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 for i, block in enumerate(re.findall(r"```python\n(.*?)```", Path(sys.argv[1]).read_text(), re.S)):
-    if "cupy" in block and find_spec("cupy") is None:
+    if re.search("^import cupy", block, re.M) and find_spec("cupy") is None:
         print(f"block {i}: needs CuPy, skipped")
         continue
     print(f"block {i}")

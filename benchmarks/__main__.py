@@ -23,13 +23,15 @@ TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8
 #: seconds until the threads of the contestant before have stopped spinning for more work, each
 #: OpenMP runtime in the process having threads of its own
 SETTLE = 0.03
+#: seconds to run untimed, until its own threads are awake and spread over the processors
+WAKE = 0.02
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 
 
 def main() -> int:
     """Run the table and print it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--filter", default="", help="words that a row's name must contain")
+    parser.add_argument("--filter", default="", help="words of a row's name and size")
     parser.add_argument("--quick", action="store_true", help="small tensors, few rounds")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (9)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -42,7 +44,8 @@ def main() -> int:
     rows = [
         case
         for case in cases()
-        if all(word in case.name for word in words) and not (options.quick and case.size == "large")
+        if all(word in f"{case.name} {case.size}" for word in words)
+        and not (options.quick and case.size == "large")
     ]
     if options.list:
         print(*(case.name for case in rows), sep="\n")
@@ -98,7 +101,9 @@ def _time(case: Any, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, run in runs.items():
             time.sleep(SETTLE)
-            run()  # wakes the contestant's own threads, and warms its caches
+            awake = time.perf_counter() + WAKE
+            while time.perf_counter() < awake:
+                run()
             begin = time.perf_counter()
             for _ in range(loops):
                 run()

@@ -49,6 +49,11 @@ class Case:
         return self.shape[1]
 
     @property
+    def param_dtype(self) -> str:
+        """Of gamma and beta; PyTorch's batch norm wants that of its statistics."""
+        return "float32" if self.norm.startswith("batch") else self.dtype
+
+    @property
     def options(self) -> dict[str, int]:
         """What `normalize` needs beside arrays."""
         groups = next(g for g in (8, 5, 1) if self.params % g == 0)

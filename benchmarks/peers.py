@@ -27,7 +27,8 @@ def normkit(case: Case, arrays: dict[str, np.ndarray]) -> Run:
     """normkit on NumPy arrays."""
     dtype = ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype
     x, dy = (_layout(arrays[name].astype(dtype), case) for name in ("x", "dy"))
-    gamma, beta = (arrays[name].astype(dtype) for name in ("gamma", "beta"))
+    param_dtype = dtype if case.param_dtype == case.dtype else case.param_dtype
+    gamma, beta = (arrays[name].astype(param_dtype) for name in ("gamma", "beta"))
     options: dict[str, Any] = dict(case.options)
     if case.norm in ("batch", "batch_renorm"):
         spread = "running_var" if case.norm == "batch" else "running_std"
@@ -57,7 +58,8 @@ def torch(case: Case, arrays: dict[str, np.ndarray]) -> Run:
     train = case.direction != "inference"
 
     def tensor(name: str, needs_grad: bool = False) -> torch.Tensor:
-        found = torch.from_numpy(arrays[name]).to(getattr(torch, case.dtype))
+        dtype = case.param_dtype if name in ("gamma", "beta") else case.dtype
+        found = torch.from_numpy(arrays[name]).to(getattr(torch, dtype))
         if len(case.shape) == 4 and found.ndim == 4:
             found = found.contiguous(memory_format=form)
         return found.detach().clone(memory_format=torch.preserve_format).requires_grad_(needs_grad)

@@ -409,7 +409,8 @@ def group_norm(
     array([[-1.,  1., -1.,  1.]])
     """
     if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
-        raise TypeError(f"num_groups={num_groups!r} must be a positive int")
+        kind = type(num_groups).__name__
+        raise TypeError(f"num_groups={num_groups!r} must be a positive int, not {kind}")
     return Call(x, gamma, beta, per_sample, channel_axis, int(num_groups), eps=eps, out=out)
 
 
