@@ -158,7 +158,9 @@ class Call:
         self.x, self.eps, self.center = x, number("eps", eps, 0.0), center
         self.gamma = None if gamma is None else _like("gamma", gamma, x)
         self.beta = None if beta is None else _like("beta", beta, x)
-        self.plan = _plan(_meta(x), _meta(self.gamma), _meta(self.beta), rule, *_hashable(args))
+        self.plan = _plan(
+            _meta(x), _meta(self.gamma), _meta(self.beta), rule, *_checked(x, rule, args)
+        )
         self.out, self.running, self.frozen = out, running, frozen
         if running is not None:
             self.running = _check_running(running, self)
@@ -212,7 +214,8 @@ class Call:
             return array
         view = plan.layout.view(array)
         if view.dtype != dtype:
-            return view.astype(dtype, order="C")
+            with np.errstate(over="ignore"):
+                return view.astype(dtype, order="C")
         return view if view.flags.c_contiguous else view.copy(order="C")
 
     def target(self, result: Array) -> tuple[Array, Array]:
@@ -312,8 +315,10 @@ class Pullback:
         if stats is None:
             return Grads(
                 dx,
-                None if call.gamma is None else xp.zeros_like(call.gamma),
-                None if call.beta is None else xp.zeros_like(call.beta),
+                *(
+                    None if p is None else xp.zeros_like(p, dtype=p.dtype.newbyteorder("="))
+                    for p in (call.gamma, call.beta)
+                ),
             )
         gamma, _ = call.params()
         if self._r is not None:
@@ -432,10 +437,13 @@ def _meta(array: Array | None) -> Meta | None:
     return None if array is None else (array.shape, array.strides, array.dtype)
 
 
-def _hashable(args: tuple[object, ...]) -> tuple[object, ...]:
+def _checked(x: Array, rule: Rule, args: tuple[object, ...]) -> tuple[object, ...]:
+    """`args`, refused by `rule` itself if they are nothing that a cache can tell apart."""
     for arg in args:
-        if isinstance(arg, (list, set, np.ndarray)):
+        if isinstance(arg, (list, set, dict, np.ndarray)):
             raise TypeError(f"axes are an int or a tuple of ints, not {type(arg).__name__}: {arg}")
+        if isinstance(arg, tuple) and not all(type(a) is int for a in arg):
+            rule(x.shape, *args)
     return args
 
 

@@ -546,7 +546,7 @@ def normalize(
         )
     options = {name: value for name, value in options.items() if name in _OPTIONS[method]}
     if method in ("layer", "rms"):
-        if isinstance(channel_axis, bool) or not isinstance(channel_axis, int):
+        if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
             raise TypeError(f"channel_axis={channel_axis!r} must be an int")
         options |= {"axis": tuple(range(1, getattr(x, "ndim", 2))), "param_axis": channel_axis}
     else:

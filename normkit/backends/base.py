@@ -103,8 +103,8 @@ class Backend(ABC):
 
         On an error neither has changed.
         """
-        mean, spread = (array.astype(np.float64) for array in new)
         with np.errstate(all="ignore"):
+            mean, spread = (array.astype(np.float64) for array in new)
             results = [
                 a + momentum * (b - a) for a, b in zip(old, (mean, spread * factor), strict=True)
             ]

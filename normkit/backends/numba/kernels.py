@@ -288,6 +288,12 @@ def _extreme(rstd):
 
 
 @inline
+def _unsafe(factor):
+    """Whether a float32 factor, or what it scales, might overflow or lose small values."""
+    return 0.0 < abs(factor) < 2.0**-100 or 2.0**100 < abs(factor) < np.inf
+
+
+@inline
 def _origin(axes, group):
     """Flat position of a group's first element."""
     k0, r0, k1, r1, params, span = axes
@@ -515,7 +521,7 @@ def _apply_rows(call, group, part, parts, mean, residual, rstd):
             else:
                 scale = scaled * load(gamma, index)
                 shift = load(beta, index) - low * scale
-                if wide:
+                if wide or _unsafe(scale):
                     _apply_one(x, y, first, last, factor, high, scale, shift)
                 else:
                     _apply_one(
@@ -714,6 +720,7 @@ def _apply_row_grads(call, group, part, parts, s, p):
     wide = is_float64(x) or _extreme(rstd)
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     slope, shift = _line(call, s, p, low, scaled)
+    wide = wide or _unsafe(slope)
     row, at, left = 0, 0, r0 * r1
     if parts > 1:
         begin = part * left // parts
@@ -741,7 +748,7 @@ def _apply_row_grads(call, group, part, parts, s, p):
                 end_of_run += params
             else:
                 scale = scaled * load(gamma, index)
-                if wide:
+                if wide or _unsafe(scale):
                     _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift)
                 else:
                     _dx_one(
@@ -808,7 +815,7 @@ def _rows_backward_params(call, first, last):
                 while start < end_of_row:
                     index, stop = _parameter(call.axes, start)
                     stop = min(stop, end_of_row)
-                    if is_float64(x) or _extreme(rstd):
+                    if is_float64(x) or _extreme(rstd) or _unsafe(slope):
                         _dx_and_params(
                             dy, x, dx, start, stop, factor, high, scaled, slope, shift, lift,
                             gamma, index, dgamma, dbeta,
@@ -1078,6 +1085,16 @@ def _multiply(columns, values, by):
         store(values, j, load(values, j) * load(by, j))
 
 
+@reduction
+def _widen(columns, factor, wide, count):
+    """Let columns with an `_unsafe` factor be computed in float64; how many now are."""
+    for j in range(columns):
+        if _unsafe(load(factor, j)) and load(wide, j) == 0.0:
+            store(wide, j, 1.0)
+            count += 1
+    return count
+
+
 @plain
 def _same_type(wide, count, first, columns):
     """End of the run of columns from `first` on that are computed in the same type."""
@@ -1106,7 +1123,7 @@ def _prepare_columns(
     _column_params(axes, unit, call.beta, 0.0, shift)
     _multiply(columns, scale, weight)
     _fold_affine(columns, scale, shift, low)
-    return count * r1
+    return _widen(columns, scale, wide, count * r1)
 
 
 @elementwise
@@ -1454,6 +1471,8 @@ def _columns_backward(call, first, last):
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
         _prepare_column_grads(call, unit, low, rstd, sums, weight, s, p, scale, slope, shift)
+        count = _widen(columns, scale, wide, count)
+        count = _widen(columns, slope, wide, count)
         _copy_from(high, 0, narrow[0], columns)
         _copy_from(scale, 0, narrow[1], columns)
         _copy_from(slope, 0, narrow[2], columns)

@@ -23,12 +23,12 @@ class Pool:
 
     def __init__(self) -> None:
         self._entered = threading.Lock()
-        self._used = self._lost = False
+        self._measured = self._lost = False
         self._pays = _PAYS["omp"]
         os.register_at_fork(after_in_child=self._forked)
 
     def _forked(self) -> None:
-        self._lost = self._used
+        self._lost = True  # even to ask Numba for its threads starts them: who knows who did
         self._entered = threading.Lock()
 
     def threads(self, elements: int) -> int:
@@ -41,9 +41,9 @@ class Pool:
         """Run all tasks of a compiled kernel."""
         if threads > 1 and tasks > 1 and not self._lost and self._entered.acquire(blocking=False):
             try:
-                first, self._used = not self._used, True
                 kernel.share(kernel.address, call, tasks, threads)
-                if first:
+                if not self._measured:
+                    self._measured = True
                     self._pays = _PAYS[numba.threading_layer()]  # type: ignore[attr-defined]
             finally:
                 self._entered.release()
