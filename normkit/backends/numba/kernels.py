@@ -153,7 +153,8 @@ def scratch(typing: Any, like: Any, count: Any) -> Any:
     size = count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        memory = cgutils.alloca_once(builder, ir.ArrayType(_STORED[kind.element], size))
+        with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
+            memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size))
         return builder.bitcast(memory, _BYTE)
 
     return kind(like, count), generate
@@ -284,13 +285,14 @@ def _extreme(rstd):
     Not for 0, inf and NaN, which are what they are in float32 too: the columns of a slab are all
     computed in one type, and those beside a NaN keep their bits.
     """
-    return 0.0 < rstd <= 2.0**-40 or 2.0**40 <= rstd < np.inf
+    return (0.0 < rstd) & (rstd <= 2.0**-40) | (2.0**40 <= rstd) & (rstd < np.inf)
 
 
 @inline
 def _unsafe(factor):
     """Whether a float32 factor, or what it scales, might overflow or lose small values."""
-    return 0.0 < abs(factor) < 2.0**-100 or 2.0**100 < abs(factor) < np.inf
+    size = abs(factor)
+    return (0.0 < size) & (size < 2.0**-100) | (2.0**100 < size) & (size < np.inf)
 
 
 @inline
@@ -891,12 +893,17 @@ def _column_sums(call, unit, part, shift, sums, to):
 def _column_shift(call, unit, again, mean, shift):
     """What a slab's columns are summed about: their group's first element, `again` its mean."""
     r1 = call.axes[3]
-    _, groups, _, _, origin = _slab(call.axes, unit)
-    for i in range(groups):
-        value = 0.0
-        if call.center:
-            value = load(mean, i) if again else np.float64(load(call.x, origin + i * r1))
-        _fill(shift, i * r1, (i + 1) * r1, value)
+    _, groups, _, columns, origin = _slab(call.axes, unit)
+    if not call.center:
+        _fill(shift, 0, columns, 0.0)
+    elif again:
+        _copy_from(mean, 0, shift, groups)
+        _expand(shift, groups, r1)
+    else:
+        _copy_from(call.x, origin, shift, columns)
+        if r1 > 1:
+            for i in range(groups):
+                _fill(shift, i * r1, (i + 1) * r1, load(shift, i * r1))
 
 
 @reduction
@@ -907,7 +914,7 @@ def _group_moments(count, groups, center, eps, shift, sums, mean, residual, var,
         q = load(sums, SLAB + i)
         delta = load(sums, i) / count if center else 0.0
         v = max(q / count - delta * delta, 0.0)
-        bad += not (delta * delta <= 2.0**20 * v and q < np.inf)
+        bad += not ((delta * delta <= 2.0**20 * v) & (q < np.inf))
         store(mean, i, delta)
         store(var, i, v)
         store(rstd, i, 1.0 / np.sqrt(v + eps))
@@ -1089,9 +1096,10 @@ def _multiply(columns, values, by):
 def _widen(columns, factor, wide, count):
     """Let columns with an `_unsafe` factor be computed in float64; how many now are."""
     for j in range(columns):
-        if _unsafe(load(factor, j)) and load(wide, j) == 0.0:
-            store(wide, j, 1.0)
-            count += 1
+        before = load(wide, j)
+        now = 1.0 if _unsafe(load(factor, j)) else before
+        count += now > before
+        store(wide, j, now)
     return count
 
 
