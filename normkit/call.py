@@ -7,6 +7,7 @@ of them share is here: validation, the dtype rule, memory order, running statist
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normkit.axes import Ints, Layout, Rule, layout
-from normkit.backends.base import Array, Stats
+from normkit.backends.base import Array, Stats, Update
 from normkit.dispatch import backend_for, is_array_library, library, namespace
 
 #: dtype -> the type of its arithmetic. Adding a dtype is one row here and one in each backend.
@@ -26,9 +27,8 @@ ARITHMETIC = {
     "float64": np.float64,
 }
 
-_RUNNING = (np.dtype(np.float32), np.dtype(np.float64))
-
-Meta = tuple[Ints, Ints, Any]  # shape, strides, dtype: all that validation of an array looks at
+Meta = tuple[Ints, Ints, Any]  #: all that validation looks at
+_meta: Callable[[Array], Meta] = operator.attrgetter("shape", "strides", "dtype")
 
 
 class Grads(NamedTuple):
@@ -78,16 +78,26 @@ class Plan:
     layout: Layout
     native: Any  #: x's dtype in native byte order
     arithmetic: Any  #: dtype of the arithmetic
+    empty: bool  #: nothing to compute
     direct: bool  #: x is C-contiguous and native: no view, no copy
     direct_params: bool  #: gamma and beta are as well
+    direct_running: bool  #: running statistics are as well, one a group
 
 
-@lru_cache(maxsize=8192, typed=True)  # True is no 1 here
-def _plan(x: Meta, gamma: Meta | None, beta: Meta | None, rule: Rule, *args: object) -> Plan:
+@lru_cache(maxsize=8192)
+def _plan(
+    x: Meta,
+    gamma: Meta | None,
+    beta: Meta | None,
+    running: tuple[Meta, Meta, str] | None,
+    updates_var: bool,
+    rule: Rule,
+    args: tuple[object, ...],
+) -> Plan:
     shape, strides, dtype = x
     arithmetic = _arithmetic("x", dtype)
     found = layout(shape, strides, dtype.itemsize, rule, *args)
-    direct_params = True
+    direct_params, direct_running = True, False
     for argument, meta in (("gamma", gamma), ("beta", beta)):
         if meta is None:
             continue
@@ -97,16 +107,32 @@ def _plan(x: Meta, gamma: Meta | None, beta: Meta | None, rule: Rule, *args: obj
                 f"{argument} has shape {meta[0]}: expected {found.param_shape} "
                 f"for x of shape {shape}"
             )
-        contiguous = len(meta[0]) == 1 and meta[1] == (meta[2].itemsize,)
-        direct_params &= contiguous and meta[2].isnative and found.axes.params == meta[0][0]
+        direct_params &= _is_plain(meta, found.axes.params)
+    if running is not None:
+        _check_running(running, found, shape)
+        direct_running = all(_is_plain(meta, found.axes.groups) for meta in running[:2])
+        if updates_var and found.axes.group_size == 1 and 0 not in shape:
+            raise ValueError(
+                f"running_var cannot be updated from groups of one element (x has shape "
+                f"{shape}): its unbiased variance divides by m - 1 = 0; give more elements, "
+                "or pass training=False"
+            )
     in_order = found.order == tuple(range(len(found.order)))
     return Plan(
         found,
         dtype.newbyteorder("="),
         np.dtype(arithmetic),
+        empty=0 in shape,
         direct=in_order and not found.copies and dtype.isnative,
         direct_params=direct_params,
+        direct_running=direct_running,
     )
+
+
+def _is_plain(meta: Meta, size: int) -> bool:
+    """Whether an array is one-dimensional, contiguous and native, of so many elements."""
+    shape, strides, dtype = meta
+    return shape == (size,) and strides == (dtype.itemsize,) and bool(dtype.isnative)
 
 
 class Call:
@@ -152,24 +178,35 @@ class Call:
         frozen: bool = False,
         out: Array | None = None,
     ) -> None:
-        if type(x) is not np.ndarray:
+        if not type(x) is type(gamma) is type(beta) is np.ndarray:
             x = _plain("x", x)
+            gamma = None if gamma is None else _like("gamma", gamma, x)
+            beta = None if beta is None else _like("beta", beta, x)
         self.backend = backend_for(type(x))
-        self.x, self.eps, self.center = x, number("eps", eps, 0.0), center
-        self.gamma = None if gamma is None else _like("gamma", gamma, x)
-        self.beta = None if beta is None else _like("beta", beta, x)
-        self.plan = _plan(
-            _meta(x), _meta(self.gamma), _meta(self.beta), rule, *_checked(x, rule, args)
-        )
-        self.out, self.running, self.frozen = out, running, frozen
+        metas = None
         if running is not None:
-            self.running = _check_running(running, self)
+            if not type(x) is type(running.mean) is type(running.spread) is np.ndarray:
+                running = _like_running(running, x)
+            metas = _meta(running.mean), _meta(running.spread), running.spread_name
+        self.x, self.gamma, self.beta, self.out, self.center = x, gamma, beta, out, center
+        self.eps, self.running, self.frozen = number("eps", eps, 0.0), running, frozen
+        self.plan = _plan(
+            _meta(x),
+            None if gamma is None else _meta(gamma),
+            None if beta is None else _meta(beta),
+            metas,
+            running is not None and running.clip is None and not frozen,
+            rule,
+            _checked(x, rule, args),
+        )
+        if running is not None and not frozen:
+            _check_updated(running, self)
         if out is not None:
             self.out = _check_out(out, self)
 
     def forward(self) -> Array:
         """The normalised array; running statistics are updated once."""
-        return self._forward(keep=self.running is not None)[0]
+        return self._forward(keep=False)[0]
 
     def vjp(self) -> tuple[Array, Pullback]:
         """The normalised array, and the function from dy to the gradients."""
@@ -182,27 +219,40 @@ class Call:
         x, plan, running = self.x, self.plan, self.running
         xp = np if type(x) is np.ndarray else namespace(x)
         y = xp.empty_like(x, dtype=plan.native) if self.out is None else self.out
-        if x.size == 0:
+        if plan.empty:
             return y, None, None, None
-        packed = self.pack(x, plan.native)
-        view, target = self.target(y)
-        gamma, beta = self.params()
+        packed = x if plan.direct else self.pack(x, plan.native)
+        view, target = (y, y) if plan.direct and self.out is None else self.target(y)
+        gamma, beta = (self.gamma, self.beta) if plan.direct_params else self.params()
         stats, r, d = None, None, None
         axes, backend = plan.layout.axes, self.backend
-        if running is None or not (self.frozen or running.clip):
+        if running is None:
             stats = backend.forward(
                 packed, axes, gamma, beta, target, eps=self.eps, center=self.center, keep=keep
             )
-        else:
-            if self.frozen:
-                stats = self._given(running, xp)
+        elif self.frozen:
+            given = self._given(running, xp)
+            if keep:
+                stats = backend.given(*given)
+                backend.normalize(packed, axes, stats, gamma, beta, target)
             else:
-                stats = backend.moments(packed, axes, eps=self.eps, center=True)
-                r, d = self._renorm(running, stats, xp)
-                gamma, beta = _affine(gamma, beta, r, d)
-            backend.normalize(packed, axes, stats, gamma, beta, target)
-        if running is not None and stats is not None and not self.frozen:
-            self._update(running, stats)
+                backend.infer(packed, axes, *given, gamma, beta, target)
+        elif running.clip:
+            stats = backend.moments(packed, axes, eps=self.eps, center=True)
+            r, d = self._renorm(running, stats, xp)
+            backend.normalize(packed, axes, stats, *_affine(gamma, beta, r, d), target)
+            self._update(running, stats.mean, _reciprocal(stats.rstd), 1.0)
+        else:
+            update, factor = None, axes.group_size / (axes.group_size - 1)
+            if plan.direct_running:
+                update = Update(running.mean, running.spread, factor, running.momentum)
+            stats = backend.forward(
+                packed, axes, gamma, beta, target, eps=self.eps, center=True,
+                keep=keep or update is None, update=update,
+            )  # fmt: skip
+            if update is None:
+                assert stats is not None
+                self._update(running, stats.mean, stats.var, factor)
         if target is not view:
             view[...] = target
         return y, stats, r, d
@@ -210,7 +260,7 @@ class Call:
     def pack(self, array: Array, dtype: Any) -> Array:
         """`array` (of x's shape) C-contiguous in x's memory order: a view where the layout fits."""
         plan = self.plan
-        if array is self.x and plan.direct:
+        if plan.direct and array.dtype == dtype and (array is self.x or array.flags.c_contiguous):
             return array
         view = plan.layout.view(array)
         if view.dtype != dtype:
@@ -238,16 +288,21 @@ class Call:
         )
         return gamma, beta
 
-    def _given(self, running: Running, xp: Any) -> Stats:
-        pack = self.plan.layout.pack_groups
-        mean, spread = pack(running.mean, xp), pack(running.spread, xp)
-        return self.backend.given(mean, spread, None if running.clip else self.eps)
+    def _given(self, running: Running, xp: Any) -> tuple[Array, Array, float | None]:
+        """Running mean and spread as contiguous (groups,) arrays, and what to add to the spread."""
+        mean, spread = running.mean, running.spread
+        if not self.plan.direct_running:
+            mean, spread = (
+                self.plan.layout.pack_groups(a.astype(a.dtype.newbyteorder("="), copy=False), xp)
+                for a in (mean, spread)
+            )
+        return mean, spread, None if running.clip else self.eps
 
     def _renorm(self, running: Running, stats: Stats, xp: Any) -> tuple[Array, Array]:
         """r and d of Batch Renormalization, constants for the gradient."""
         assert running.clip is not None
         r_max, d_max = running.clip
-        given = self._given(running, xp)
+        given = self.backend.given(*self._given(running, xp))
         with np.errstate(all="ignore"):
             r = xp.clip(given.rstd / stats.rstd, 1 / r_max, r_max)
             d = xp.clip((stats.mean - given.mean) * given.rstd, -d_max, d_max)
@@ -261,21 +316,14 @@ class Call:
             layout.pack_param(layout.unpack_groups(d), xp),
         )
 
-    def _update(self, running: Running, stats: Stats) -> None:
+    def _update(self, running: Running, mean: Array, spread: Array, factor: float) -> None:
         layout = self.plan.layout
-        count, factor = layout.axes.group_size, 1.0
-        if running.clip:
-            with np.errstate(all="ignore"):
-                spread = 1 / stats.rstd
-        else:
-            spread, factor = stats.var, count / (count - 1)
-        mean, spread = layout.unpack_groups(stats.mean), layout.unpack_groups(spread)
+        mean, spread = layout.unpack_groups(mean), layout.unpack_groups(spread)
         if mean.ndim > running.mean.ndim:  # instance norm: statistics per sample and channel
             with np.errstate(all="ignore"):
                 mean, spread = mean.mean(axis=0), spread.mean(axis=0)
-        self.backend.average(
-            (running.mean, running.spread), (mean, spread), factor, running.momentum
-        )
+        update = Update(running.mean, running.spread, factor, running.momentum)
+        self.backend.average(update, mean, spread)
 
 
 class Pullback:
@@ -303,7 +351,7 @@ class Pullback:
         """
         call, stats = self._call, self._stats
         x, plan = call.x, call.plan
-        xp = namespace(x)
+        xp = np if type(x) is np.ndarray else namespace(x)
         try:
             dy = _like("dy", dy, x)
             _arithmetic("dy", dy.dtype)
@@ -320,39 +368,39 @@ class Pullback:
                     for p in (call.gamma, call.beta)
                 ),
             )
-        gamma, _ = call.params()
-        if self._r is not None:
-            gamma, _ = _affine(gamma, None, self._r, self._r)
         dtype = plan.native if dy.dtype == plan.native else plan.arithmetic
         view, target = call.target(dx)
-        sums = call.backend.gradients(
-            call.pack(dy, dtype),
-            call.pack(x, plan.native),
-            plan.layout.axes,
-            stats,
-            gamma,
-            target,
-            center=call.center,
-            frozen=call.frozen,
-            affine=call.gamma is not None or call.beta is not None,
-        )
-        if target is not view:
-            view[...] = target
-        if sums is None:
-            return Grads(dx, None, None)
-        dgamma, dbeta = sums
-        if self._r is not None:
-            dgamma = self._r * dgamma + self._d * dbeta
-        return Grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
+        with np.errstate(all="ignore"):  # an inf or NaN in dy or x is no news
+            gamma, _ = call.params()
+            if self._r is not None:
+                gamma, _ = _affine(gamma, None, self._r, self._r)
+            sums = call.backend.gradients(
+                call.pack(dy, dtype),
+                call.pack(x, plan.native),
+                plan.layout.axes,
+                stats,
+                gamma,
+                target,
+                center=call.center,
+                frozen=call.frozen,
+                affine=call.gamma is not None or call.beta is not None,
+            )
+            if target is not view:
+                view[...] = target
+            if sums is None:
+                return Grads(dx, None, None)
+            dgamma, dbeta = sums
+            if self._r is not None:
+                dgamma = self._r * dgamma + self._d * dbeta
+            return Grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
 
     def _grad(self, grad: Array, param: Array | None) -> Array | None:
         if param is None:
             return None
         plan = self._call.plan
-        with np.errstate(all="ignore"):
-            if not plan.direct_params:
-                grad = plan.layout.unpack_param(grad)
-            return grad.astype(param.dtype.newbyteorder("="), copy=False)
+        if not plan.direct_params:
+            grad = plan.layout.unpack_param(grad)
+        return grad.astype(param.dtype.newbyteorder("="), copy=False)
 
 
 def norm(declare: Callable[..., Call]) -> Callable[..., Array]:
@@ -373,18 +421,24 @@ def norm(declare: Callable[..., Call]) -> Callable[..., Array]:
 
     name = declare.__name__
 
+    def named(error: Exception) -> Exception:
+        message = str(error)  # Python's own, on a wrong signature, begin with the name
+        return type(error)(message if message.startswith(name) else f"{name}: {message}")
+
     @functools.wraps(declare)
     def checked(*args: Any, **options: Any) -> Call:
         try:
             return declare(*args, **options)
         except (TypeError, ValueError) as error:
-            message = str(error)  # Python's own, on a wrong signature, begin with the name
-            message = message if message.startswith(name) else f"{name}: {message}"
-            raise type(error)(message) from None
+            raise named(error) from None
 
     @functools.wraps(declare)
     def run(*args: Any, **options: Any) -> Array:
-        return checked(*args, **options).forward()
+        try:  # as `checked`, a Python call the less
+            call = declare(*args, **options)
+        except (TypeError, ValueError) as error:
+            raise named(error) from None
+        return call.forward()
 
     run.declare = checked  # type: ignore[attr-defined]
     return run
@@ -433,22 +487,22 @@ def vjp(norm: Callable[..., Array], x: Array, *args: Any, **options: Any) -> tup
     return call.vjp()
 
 
-def _meta(array: Array | None) -> Meta | None:
-    return None if array is None else (array.shape, array.strides, array.dtype)
-
-
 def _checked(x: Array, rule: Rule, args: tuple[object, ...]) -> tuple[object, ...]:
     """`args`, refused by `rule` itself if they are nothing that a cache can tell apart."""
     for arg in args:
+        if type(arg) is int or arg is None:
+            continue
         if isinstance(arg, (list, set, dict, np.ndarray)):
             raise TypeError(f"axes are an int or a tuple of ints, not {type(arg).__name__}: {arg}")
-        if isinstance(arg, tuple) and not all(type(a) is int for a in arg):
+        if not (isinstance(arg, tuple) and all(type(a) is int for a in arg)):
             rule(x.shape, *args)
     return args
 
 
 def _plain(argument: str, array: Any) -> Array:
     """`array` as its library's own array type; subclasses are seen through, masks refused."""
+    if type(array) is np.ndarray:
+        return array
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"{argument} is a masked array, whose mask would be ignored: "
@@ -469,7 +523,7 @@ def _plain(argument: str, array: Any) -> Array:
 
 def _like(argument: str, array: Any, x: Array) -> Array:
     """`array`, if it is of x's library and on x's device."""
-    if type(array) is np.ndarray is type(x):
+    if type(array) is type(x) is np.ndarray:
         return array
     mine, other = library(type(array)), library(type(x))
     if mine != other and is_array_library(mine):
@@ -484,7 +538,7 @@ def _like(argument: str, array: Any, x: Array) -> Array:
 
 
 def _owner(array: Any) -> Any:
-    while isinstance(array.base, np.ndarray):
+    while isinstance(array.base, type(array)):
         array = array.base
     return array
 
@@ -497,18 +551,15 @@ def _overlap(a: Array, b: Array) -> bool:
 
 def _apart(*arrays: Any) -> bool:
     """Whether each array plainly has memory of its own: much cheaper than asking for overlaps."""
-    owners = set()
-    given = 0
+    owners = []
     for array in arrays:
-        if array is None:
-            continue
-        if type(array) is not np.ndarray:
-            return False
-        given += 1
-        owner = array if array.base is None else _owner(array)
-        if owner.base is None:
-            owners.add(id(owner))
-    return len(owners) == given
+        if array is not None:
+            if array.base is not None:
+                array = _owner(array)
+                if array.base is not None:
+                    return False
+            owners.append(id(array))
+    return len(set(owners)) == len(owners)
 
 
 def _same_memory(a: Array, b: Array) -> bool:
@@ -522,53 +573,49 @@ def _same_memory(a: Array, b: Array) -> bool:
 
 
 def _writeable(argument: str, array: Array) -> None:
-    flags = array.flags
-    if not getattr(flags, "writeable", True):
+    if not getattr(array.flags, "writeable", True):  # CuPy's always are
         raise ValueError(f"{argument} is read-only, but is written to: pass a writeable copy")
 
 
-def _check_running(running: Running, call: Call) -> Running:
-    """`running` checked against x; nothing of it is touched."""
-    mean = _like("running_mean", running.mean, call.x)
-    spread = _like(running.spread_name, running.spread, call.x)
-    shape, axes = call.plan.layout.param_shape, call.plan.layout.axes
-    both = (("running_mean", mean), (running.spread_name, spread))
-    for argument, array in both:
-        if array.dtype not in _RUNNING and array.dtype.name not in ("float32", "float64"):
+def _like_running(running: Running, x: Array) -> Running:
+    """`running` with plain arrays of x's library."""
+    mean = _like("running_mean", running.mean, x)
+    spread = _like(running.spread_name, running.spread, x)
+    if mean is running.mean and spread is running.spread:
+        return running
+    return running._replace(mean=mean, spread=spread)
+
+
+def _check_running(running: tuple[Meta, Meta, str], layout: Layout, x_shape: Ints) -> None:
+    mean, spread, spread_name = running
+    for argument, (shape, _, dtype) in (("running_mean", mean), (spread_name, spread)):
+        if dtype.name not in ("float32", "float64"):
             raise TypeError(
-                f"{argument} has dtype {array.dtype}: expected float32 or float64; "
+                f"{argument} has dtype {dtype}: expected float32 or float64; "
                 f'convert it first, for example {argument}.astype("float32")'
             )
-        if array.shape != shape:
+        if shape != layout.param_shape:
             raise ValueError(
-                f"{argument} has shape {array.shape}: expected {shape} "
-                f"for x of shape {call.x.shape}"
+                f"{argument} has shape {shape}: expected {layout.param_shape} "
+                f"for x of shape {x_shape}"
             )
-        if not call.frozen:
-            _writeable(argument, array)
-    if mean is not running.mean or spread is not running.spread:
-        running = running._replace(mean=mean, spread=spread)
-    if call.frozen:
-        return running
-    if not _apart(mean, spread, call.x, call.gamma, call.beta):
-        inputs = (("x", call.x), ("gamma", call.gamma), ("beta", call.beta))
-        for argument, array in both:
-            for name, other in inputs:
-                if other is not None and _overlap(array, other):
-                    raise ValueError(
-                        f"{argument} overlaps {name}: it is updated in place, so copy it"
-                    )
-        if _overlap(mean, spread):
-            raise ValueError(
-                f"running_mean overlaps {running.spread_name}: give each its own array"
-            )
-    if running.clip is None and axes.group_size == 1 and call.x.size:
-        raise ValueError(
-            f"running_var cannot be updated from groups of one element (x has shape "
-            f"{call.x.shape}): its unbiased variance divides by m - 1 = 0; give more elements, "
-            "or pass training=False"
-        )
-    return running
+
+
+def _check_updated(running: Running, call: Call) -> None:
+    """Whether running statistics can be updated in place."""
+    mean, spread = running.mean, running.spread
+    _writeable("running_mean", mean)
+    _writeable(running.spread_name, spread)
+    if _apart(mean, spread, call.x, call.gamma, call.beta):
+        return
+    both = (("running_mean", mean), (running.spread_name, spread))
+    inputs = (("x", call.x), ("gamma", call.gamma), ("beta", call.beta))
+    for argument, array in both:
+        for name, other in inputs:
+            if other is not None and _overlap(array, other):
+                raise ValueError(f"{argument} overlaps {name}: it is updated in place, so copy it")
+    if _overlap(mean, spread):
+        raise ValueError(f"running_mean overlaps {running.spread_name}: give each its own array")
 
 
 def _check_out(out: Array, call: Call) -> Array:
@@ -595,6 +642,11 @@ def _check_out(out: Array, call: Call) -> Array:
                     + (", or x itself" if argument == "x" else "")
                 )
     return out
+
+
+@np.errstate(all="ignore")
+def _reciprocal(values: Array) -> Array:
+    return 1 / values
 
 
 def _affine(gamma: Array | None, beta: Array | None, r: Array, d: Array) -> tuple[Array, Array]:

@@ -21,6 +21,18 @@ class Stats(NamedTuple):
     residual: Array | None = None  #: what rounding `mean` left out, where the backend keeps it
 
 
+class Update(NamedTuple):
+    """Running statistics, (groups,) arrays of float32 or float64, and how a step enters them.
+
+    ``mean += momentum * (new mean - mean)``, and likewise ``spread`` with ``factor * new spread``.
+    """
+
+    mean: Array
+    spread: Array
+    factor: float
+    momentum: float
+
+
 class Backend(ABC):
     """Where the arithmetic happens.
 
@@ -77,14 +89,31 @@ class Backend(ABC):
         eps: float,
         center: bool,
         keep: bool,
+        update: Update | None = None,
     ) -> Stats | None:
-        """`moments` and `normalize` in one: a backend may fuse them, with the same bits.
+        """`moments`, `normalize` and, with variances, `average`: a backend may fuse them.
 
         Without `keep` nobody needs the statistics, and None may be returned.
         """
         stats = self.moments(x, axes, eps=eps, center=center)
         self.normalize(x, axes, stats, gamma, beta, y)
+        if update is not None:
+            self.average(update, stats.mean, stats.var)
         return stats
+
+    def infer(
+        self,
+        x: Array,
+        axes: Axes,
+        mean: Array,
+        spread: Array,
+        eps: float | None,
+        gamma: Array | None,
+        beta: Array | None,
+        y: Array,
+    ) -> None:
+        """`given` and `normalize`: a backend may fuse them."""
+        self.normalize(x, axes, self.given(mean, spread, eps), gamma, beta, y)
 
     def given(self, mean: Array, spread: Array, eps: float | None) -> Stats:
         """Statistics from a given mean and variance or, with `eps` None, standard deviation."""
@@ -92,21 +121,12 @@ class Backend(ABC):
         with np.errstate(all="ignore"):
             return Stats(mean, 1 / (spread if eps is None else (spread + eps) ** 0.5))
 
-    def average(
-        self,
-        old: tuple[Array, Array],
-        new: tuple[Array, Array],
-        factor: float,
-        momentum: float,
-    ) -> None:
-        """``old += momentum * (new - old)`` for mean and spread, the new spread times `factor`.
-
-        On an error neither has changed.
-        """
+    def average(self, update: Update, mean: Array, spread: Array) -> None:
+        """Let a new mean and spread enter running statistics; on an error neither has changed."""
+        momentum = update.momentum
         with np.errstate(all="ignore"):
-            mean, spread = (array.astype(np.float64) for array in new)
-            results = [
-                a + momentum * (b - a) for a, b in zip(old, (mean, spread * factor), strict=True)
-            ]
+            old = update.mean, update.spread
+            new = mean.astype(np.float64), spread.astype(np.float64) * update.factor
+            results = [a + momentum * (b - a) for a, b in zip(old, new, strict=True)]
             for a, result in zip(old, results, strict=True):
                 a[...] = result

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from normkit.axes import Axes
-from normkit.backends.base import Array, Backend, Stats
+from normkit.backends.base import Array, Backend, Stats, Update
 from normkit.backends.cuda import planner
 from normkit.backends.cuda.planner import (
     APPLY,
@@ -61,7 +61,12 @@ class Cuda(Backend):
         eps: float,
         center: bool,
         keep: bool,
+        update: Update | None = None,
     ) -> Stats | None:
+        if update is not None:
+            return super().forward(
+                x, axes, gamma, beta, y, eps=eps, center=center, keep=keep, update=update
+            )
         with self.device.on(x):
             tile = self._tile(axes, PART, _any(gamma, beta), x, y, gamma, beta)
             if tile.parts > 1:

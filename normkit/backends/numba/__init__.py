@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
 from normkit.axes import Axes
-from normkit.backends.base import Array, Backend, Stats
+from normkit.backends.base import Array, Backend, Stats, Update
 from normkit.backends.numba import kernels as k
 from normkit.backends.numba.threads import Pool
 
@@ -16,11 +17,12 @@ _SHORT = 64  #: stretches of fewer elements are summed as columns, if there are 
 _PART = 1 << 15  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
 _NONE = Stats(None, None)
-_quiet = np.errstate(all="ignore")  # an inf or NaN in x is no news
+_NO_UPDATE = (None, None, 0, 0.0, 0.0)
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """How the kernels go about one geometry; a function of a group's shape, not of the batch."""
 
     dtype: str
@@ -33,10 +35,22 @@ class Work(NamedTuple):
     parts: int  #: fixed parts of a unit, summed separately
     stretches: int  #: tasks of the kernels' APPLY stage
 
+    @cached_property
+    def as_given(self) -> bool:
+        """Whether the kernels read parameters as they are."""
+        return self.repeat == self.tile == 1
+
+    @cached_property
+    def forward(self) -> Any:
+        """The compiled forward kernel."""
+        kernel = k.rows_forward if self.rows else k.columns_forward
+        return k.compiled(kernel, k.Forward, self.dtype, "")
+
     def scarce(self, threads: int) -> bool:
         """Whether the parts of a unit should be shared by threads, for want of units."""
-        few = self.units < 4 * threads and self.units % threads
-        return threads > 1 and self.parts > 1 and bool(few)
+        if threads == 1 or self.parts == 1:
+            return False
+        return self.units < 4 * threads and self.units % threads > 0
 
 
 @lru_cache(maxsize=4096)
@@ -83,9 +97,13 @@ def _param(param: Array | None, default: float, work: Work) -> Array:
     if param.dtype != work.real:
         with np.errstate(over="ignore"):
             param = param.astype(work.real)
-    if work.repeat > 1:
-        param = param.repeat(work.repeat)
-    return np.tile(param, work.tile) if work.tile > 1 else param
+    return param if work.as_given else np.tile(param.repeat(work.repeat), work.tile)
+
+
+def _kinds(mean: Array, spread: Array) -> int:
+    """What the kernels must know of running statistics."""
+    kinds = k.WIDE_MEAN if mean.dtype.itemsize == 8 else 0
+    return kinds | k.WIDE_SPREAD if spread.dtype.itemsize == 8 else kinds
 
 
 class Numba(Backend):
@@ -98,15 +116,19 @@ class Numba(Backend):
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
         work = _work(axes, x.dtype)
         stats = self._stats(work)
-        self._forward(work, k.MOMENTS, x, None, None, None, stats, eps, center)
+        threads = self._pool.threads(x.size)
+        if work.scarce(threads):
+            self._by_parts(work, x, stats, _NO_UPDATE, eps, center, threads)
+        else:
+            call = (x, None, None, None, *stats, None, *_NO_UPDATE)
+            numbers = (work.axes, eps, center, k.MOMENTS, 0, work.parts)
+            self._pool.run(work.forward, call + numbers, work.units, threads)
         return stats
 
     def normalize(
         self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
     ) -> None:
-        work = _work(axes, x.dtype)
-        gamma, beta = _param(gamma, 1.0, work), _param(beta, 0.0, work)
-        self._forward(work, k.APPLY, x, gamma, beta, y, stats, 0.0, True)
+        self._apply(_work(axes, x.dtype), x, gamma, beta, y, stats, _NO_UPDATE, 0.0)
 
     def forward(
         self,
@@ -119,17 +141,41 @@ class Numba(Backend):
         eps: float,
         center: bool,
         keep: bool,
-    ) -> Stats | None:
+        update: Update | None = None,
+    ) -> Stats:
         work = _work(axes, x.dtype)
-        gamma, beta = _param(gamma, 1.0, work), _param(beta, 0.0, work)
-        scarce = work.scarce(self._pool.threads(x.size))
-        stats = self._stats(work) if keep or scarce else None
-        if scarce:
-            self._forward(work, k.MOMENTS, x, None, None, None, stats, eps, center)
-            self._forward(work, k.APPLY, x, gamma, beta, y, stats, eps, center)
-        else:
-            self._forward(work, k.ALL, x, gamma, beta, y, stats, eps, center)
+        threads = self._pool.threads(x.size)
+        running = _NO_UPDATE
+        if update is not None:
+            mean, spread, factor, momentum = update
+            running = (mean, spread, _kinds(mean, spread), factor, momentum)
+        if work.scarce(threads):
+            stats = self._stats(work)
+            self._by_parts(work, x, stats, running, eps, center, threads)
+            self._apply(work, x, gamma, beta, y, stats, _NO_UPDATE, 0.0)
+            return stats
+        stats = self._stats(work) if keep else _NONE
+        call = (
+            x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats, None, *running,
+            work.axes, eps, center, k.ALL, 0, work.parts,
+        )  # fmt: skip
+        self._pool.run(work.forward, call, work.units, threads)
         return stats
+
+    def infer(
+        self,
+        x: Array,
+        axes: Axes,
+        mean: Array,
+        spread: Array,
+        eps: float | None,
+        gamma: Array | None,
+        beta: Array | None,
+        y: Array,
+    ) -> None:
+        kinds = _kinds(mean, spread) | (k.DEVIATION if eps is None else 0)
+        running = (mean, spread, kinds, 0.0, 0.0)
+        self._apply(_work(axes, x.dtype), x, gamma, beta, y, _NONE, running, eps or 0.0)
 
     @staticmethod
     def _stats(work: Work) -> Stats:
@@ -137,35 +183,43 @@ class Numba(Backend):
         exact = work.real == np.float32  # then the mean needs no residual
         return Stats(values[0], values[1], values[2], None if exact else values[3])
 
-    def _forward(
+    def _apply(
         self,
         work: Work,
-        stage: int,
         x: Array,
         gamma: Array | None,
         beta: Array | None,
-        y: Array | None,
-        stats: Stats | None,
+        y: Array,
+        stats: Stats,
+        running: tuple[Any, ...],
+        eps: float,
+    ) -> None:
+        """y from given statistics: those of the groups, or running ones."""
+        call = (
+            x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats, None, *running,
+            work.axes, eps, True, k.APPLY, 0, work.parts,
+        )  # fmt: skip
+        self._pool.run(work.forward, call, work.stretches, self._pool.threads(x.size))
+
+    def _by_parts(
+        self,
+        work: Work,
+        x: Array,
+        stats: Stats,
+        running: tuple[Any, ...],
         eps: float,
         center: bool,
+        threads: int,
     ) -> None:
-        mean, rstd, var, residual = stats or _NONE
-        kernel = k.rows_forward if work.rows else k.columns_forward
-        compiled = k.compiled(kernel, k.Forward, work.dtype, "")
-        arrays = (x, y, gamma, beta, mean, residual, rstd, var)
-        axes, units, parts, pool = work.axes, work.units, work.parts, self._pool
-        threads = pool.threads(x.size)
-        if stage != k.MOMENTS or not work.scarce(threads):
-            call: tuple[Any, ...] = (*arrays, None, axes, eps, center, stage, 0, parts)
-            pool.run(compiled, call, work.stretches if stage == k.APPLY else units, threads)
-            return
+        """Moments, the parts of a unit shared by threads."""
+        units, parts = work.units, work.parts
         partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
+        arrays = (x, None, None, None, *stats, partial, *running)
         for again in range(2 if work.real == np.float64 and center else 1):
             for stage, tasks in ((k.SUMS, units * parts), (k.FINISH, units)):
-                call = (*arrays, partial, axes, eps, center, stage, again, parts)
-                pool.run(compiled, call, tasks, threads)
+                call = (*arrays, work.axes, eps, center, stage, again, parts)
+                self._pool.run(work.forward, call, tasks, threads)
 
-    @_quiet
     def gradients(
         self,
         dy: Array,
@@ -199,7 +253,7 @@ class Numba(Backend):
             blocks = -(-k0 // rows)
             shares = np.empty((blocks, 2, params))
             run(k.rows_backward_params, k.ALL, blocks, None, shares, rows)
-            return self._fold(shares.sum(axis=0), work)
+            return self._fold(shares.sum(axis=0) if blocks > 1 else shares[0], work)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
         sums: Array | None = None
         if affine and work.rows and span > 1:
@@ -225,31 +279,8 @@ class Numba(Backend):
         if sums is None:
             sums = np.empty((x.size // (params * span), params, 1, 2))
             run(k.param_sums, k.ALL, x.size // span, None, sums)
-        return self._fold(sums.sum(axis=(0, 2)).T, work)
-
-    def given(self, mean: Array, spread: Array, eps: float | None) -> Stats:
-        if mean.dtype != spread.dtype or not (mean.dtype.isnative and spread.dtype.isnative):
-            return super().given(mean, spread, eps)
-        values = np.empty((2, mean.size))
-        call = (mean, spread, values[0], values[1], eps or 0.0, eps is not None)
-        compiled = k.compiled(k.given_stats, k.Given, _name(mean.dtype), "")
-        self._pool.run(compiled, call, mean.size, 1)
-        return Stats(values[0], values[1])
-
-    def average(
-        self,
-        old: tuple[Array, Array],
-        new: tuple[Array, Array],
-        factor: float,
-        momentum: float,
-    ) -> None:
-        for a in (*old, *new):
-            if not (a.flags.c_contiguous and a.dtype.isnative):
-                super().average(old, new, factor, momentum)
-                return
-        compiled = k.compiled(k.average, k.Average, _name(old[0].dtype), _name(old[1].dtype))
-        call = (old[0], new[0], old[1], new[1], factor, momentum)
-        self._pool.run(compiled, call, old[0].size, 1)
+        single = sums.shape[0] == sums.shape[2] == 1
+        return self._fold((sums[0, :, 0] if single else sums.sum(axis=(0, 2))).T, work)
 
     @staticmethod
     def _fold(grads: Array, work: Work) -> tuple[Array, Array]:

@@ -200,6 +200,16 @@ def is_float64(typing: Any, pointer: Any) -> Any:
 
 
 @intrinsic
+def as_float64(typing: Any, pointer: Any) -> Any:
+    """The pointer, to float64 elements."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0]
+
+    return Pointer("float64", pointer.role)(pointer), generate
+
+
+@intrinsic
 def given(typing: Any, pointer: Any) -> Any:
     """Whether a pointer is not NULL."""
 
@@ -268,14 +278,17 @@ ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float6
 SUMS, FINISH, APPLY, MOMENTS, ALL = range(5)
 
 Forward = namedtuple(
-    "Forward", "x y gamma beta mean residual rstd var partial axes eps center stage round parts"
+    "Forward",
+    "x y gamma beta mean rstd var residual partial running_mean running_spread kinds factor "
+    "momentum axes eps center stage round parts",
 )
 Backward = namedtuple(
     "Backward",
     "dy x dx gamma mean residual rstd partial sums axes center frozen stage parts rows",
 )
-Given = namedtuple("Given", "given_mean given_spread mean rstd eps is_variance")
-Average = namedtuple("Average", "old_mean new_mean old_spread new_spread factor momentum")
+
+#: Kinds of running statistics: float64 instead of float32; a standard deviation, not a variance.
+WIDE_MEAN, WIDE_SPREAD, DEVIATION = 1, 2, 4
 
 
 @inline
@@ -285,14 +298,14 @@ def _extreme(rstd):
     Not for 0, inf and NaN, which are what they are in float32 too: the columns of a slab are all
     computed in one type, and those beside a NaN keep their bits.
     """
-    return (0.0 < rstd) & (rstd <= 2.0**-40) | (2.0**40 <= rstd) & (rstd < np.inf)
+    return (rstd > 0.0) & (rstd <= 2.0**-40) | (rstd >= 2.0**40) & (rstd < np.inf)
 
 
 @inline
 def _unsafe(factor):
     """Whether a float32 factor, or what it scales, might overflow or lose small values."""
     size = abs(factor)
-    return (0.0 < size) & (size < 2.0**-100) | (2.0**100 < size) & (size < np.inf)
+    return (size > 0.0) & (size < 2.0**-100) | (size > 2.0**100) & (size < np.inf)
 
 
 @inline
@@ -438,8 +451,65 @@ def _moments(x, axes, group, parts, eps, center):
     return _exact_moments(x, axes, group, parts, eps, center)
 
 
+@elementwise
+def _blend(old, first, new, factor, momentum, count):
+    """Let `count` new statistics enter running ones, those from `first` on."""
+    for i in range(count):
+        value = np.float64(load(old, first + i))
+        store(old, first + i, value + momentum * (load(new, i) * factor - value))
+
+
+@inline
+def _update(call, first, mean, var, count):
+    """Let the moments of `count` groups enter the running statistics."""
+    if given(call.running_mean):
+        if call.kinds & WIDE_MEAN:
+            _blend(as_float64(call.running_mean), first, mean, 1.0, call.momentum, count)
+        else:
+            _blend(call.running_mean, first, mean, 1.0, call.momentum, count)
+        if call.kinds & WIDE_SPREAD:
+            _blend(as_float64(call.running_spread), first, var, call.factor, call.momentum, count)
+        else:
+            _blend(call.running_spread, first, var, call.factor, call.momentum, count)
+
+
+@inline
+def _running(call, first, mean, rstd, count):
+    """Mean and rstd of `count` groups by the running statistics."""
+    if call.kinds & WIDE_MEAN:
+        _copy_from(as_float64(call.running_mean), first, mean, count)
+    else:
+        _copy_from(call.running_mean, first, mean, count)
+    if call.kinds & WIDE_SPREAD:
+        _copy_from(as_float64(call.running_spread), first, rstd, count)
+    else:
+        _copy_from(call.running_spread, first, rstd, count)
+    _invert(rstd, call.eps, call.kinds & DEVIATION, count)
+
+
+@elementwise
+def _invert(rstd, eps, deviation, count):
+    if deviation:
+        for i in range(count):
+            store(rstd, i, 1.0 / load(rstd, i))
+    else:
+        for i in range(count):
+            store(rstd, i, 1.0 / np.sqrt(load(rstd, i) + eps))
+
+
+@elementwise
+def _copy_from(source, first, target, count):
+    for j in range(count):
+        store(target, j, load(source, first + j))
+
+
 @inline
 def _save(call, group, mean, residual, var, rstd):
+    if given(call.running_mean):
+        means, variances = scratch(0.0, 1), scratch(0.0, 1)
+        store(means, 0, mean)
+        store(variances, 0, var)
+        _update(call, group, means, variances, 1)
     if given(call.mean):
         store(call.mean, group, mean)
         store(call.rstd, group, rstd)
@@ -454,6 +524,16 @@ def _saved(call, group):
     """(mean, its rounding error, rstd) of a group."""
     residual = load(call.residual, group) if given(call.residual) else 0.0
     return load(call.mean, group), residual, load(call.rstd, group)
+
+
+@inline
+def _given_stats(call, group):
+    """`_saved`, or the running statistics where they are to be used."""
+    if given(call.running_mean):
+        mean, rstd = scratch(0.0, 1), scratch(0.0, 1)
+        _running(call, group, mean, rstd, 1)
+        return load(mean, 0), 0.0, load(rstd, 0)
+    return _saved(call, group)
 
 
 @inline
@@ -585,7 +665,7 @@ def _rows_forward(call, first, last):
             _finish_moments(call, task)
         elif stage == APPLY:
             group, part, count = _stretch(axes, parts, task)
-            mean, residual, rstd = _saved(call, group)
+            mean, residual, rstd = _given_stats(call, group)
             _apply_rows(call, group, part, count, mean, residual, rstd)
         else:
             mean, residual, var, rstd = _moments(x, axes, task, parts, call.eps, call.center)
@@ -962,6 +1042,8 @@ def _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd):
                 store(var, i, v)
                 store(rstd, i, r)
     _save_slab(call, unit, mean, residual, var, rstd)
+    if once:
+        _update(call, group, mean, var, groups)
 
 
 @inline
@@ -1071,12 +1153,6 @@ def _column_params(axes, unit, values, default, columns):
     for j in range(count):
         store(columns, j, load(values, index))
         index, end = _next_parameter(axes, index, end, first + j + 1)
-
-
-@elementwise
-def _copy_from(source, first, target, count):
-    for j in range(count):
-        store(target, j, load(source, first + j))
 
 
 @elementwise
@@ -1215,7 +1291,11 @@ def _columns_forward(call, first, last):
             once = call.round == rounds - 1
             _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd)
             continue
-        if stage == APPLY:
+        if stage == APPLY and given(call.running_mean):
+            group, groups, _, _, _ = _slab(call.axes, unit)
+            _running(call, group, mean, rstd, groups)
+            _fill(residual, 0, groups, 0.0)
+        elif stage == APPLY:
             _load_slab(call, unit, mean, residual, rstd)
         else:
             for again in range(rounds):
@@ -1589,28 +1669,6 @@ def _add_param_grads(dy, x, first, last, factor, high, rstd, lift, dgamma, dbeta
         store(dbeta, i + offset, load(dbeta, i + offset) + g)
 
 
-# --------------------------------------------------------------------------------- given statistics
-@elementwise
-def _given_stats(call, first, last):
-    for i in range(first, last):
-        spread = np.float64(load(call.given_spread, i))
-        store(call.mean, i, load(call.given_mean, i))
-        store(call.rstd, i, 1.0 / (np.sqrt(spread + call.eps) if call.is_variance else spread))
-
-
-@elementwise
-def _blend(old, new, factor, momentum, first, last):
-    for i in range(first, last):
-        value = np.float64(load(old, i))
-        store(old, i, value + momentum * (load(new, i) * factor - value))
-
-
-@plain
-def _average(call, first, last):
-    _blend(call.old_mean, call.new_mean, 1.0, call.momentum, first, last)
-    _blend(call.old_spread, call.new_spread, call.factor, call.momentum, first, last)
-
-
 # ----------------------------------------------------------------------------------------- compiled
 # One C function each, so that a pointer to it is all that the threads need: the same machine code
 # runs on one thread and on many.
@@ -1642,14 +1700,6 @@ def long_row_params(call, first, last):
     _long_row_params(_behind(call), first, last)
 
 
-def given_stats(call, first, last):
-    _given_stats(_behind(call), first, last)
-
-
-def average(call, first, last):
-    _average(_behind(call), first, last)
-
-
 @njit(nogil=True, cache=True)
 def enter(kernel, call, tasks):
     """Run all tasks of a kernel on this thread."""
@@ -1678,10 +1728,9 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
         "rstd": Pointer("float64", "scratch"), "var": Pointer("float64", "scratch"),
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
         "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
-        "center": types.boolean, "frozen": types.boolean, "is_variance": types.boolean,
-        "given_mean": Pointer(x), "given_spread": Pointer(x),
-        "old_mean": Pointer(x, "scratch"), "old_spread": Pointer(dy, "scratch"),
-        "new_mean": Pointer("float64"), "new_spread": Pointer("float64"),
+        "center": types.boolean, "frozen": types.boolean,
+        "running_mean": Pointer("float32", "scratch"),
+        "running_spread": Pointer("float32", "scratch"),
         "factor": types.float64, "momentum": types.float64,
     }  # fmt: skip
     return [element.get(field, types.int64) for field in kind._fields]  # type: ignore[attr-defined]
