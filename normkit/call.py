@@ -199,6 +199,8 @@ class Call:
             rule,
             _checked(x, rule, args),
         )
+        if not eps and center and running is None and self.plan.layout.axes.group_size == 1:
+            self.eps = 1.0  # a group of one element gives beta, not 0/0
         if running is not None and not frozen:
             _check_updated(running, self)
         if out is not None:
@@ -298,23 +300,22 @@ class Call:
             )
         return mean, spread, None if running.clip else self.eps
 
-    def _renorm(self, running: Running, stats: Stats, xp: Any) -> tuple[Array, Array]:
-        """r and d of Batch Renormalization, constants for the gradient."""
+    def _renorm(
+        self, running: Running, stats: Stats, xp: Any
+    ) -> tuple[Array | None, Array | None]:
+        """r and d of Batch Renormalization, constants for the gradient; None for 1 and 0.
+
+        That is what r_max = 1 and d_max = 0 give, whatever the running statistics hold.
+        """
         assert running.clip is not None
         r_max, d_max = running.clip
         given = self.backend.given(*self._given(running, xp))
         with np.errstate(all="ignore"):
             r = xp.clip(given.rstd / stats.rstd, 1 / r_max, r_max)
             d = xp.clip((stats.mean - given.mean) * given.rstd, -d_max, d_max)
-        if r_max == 1:  # whatever the running statistics hold
-            r = xp.ones_like(r)
-        if d_max == 0:
-            d = xp.zeros_like(d)
         layout = self.plan.layout
-        return (
-            layout.pack_param(layout.unpack_groups(r), xp),
-            layout.pack_param(layout.unpack_groups(d), xp),
-        )
+        r, d = (layout.pack_param(layout.unpack_groups(a), xp) for a in (r, d))
+        return None if r_max == 1 else r, None if d_max == 0 else d
 
     def _update(self, running: Running, mean: Array, spread: Array, factor: float) -> None:
         layout = self.plan.layout
@@ -371,9 +372,7 @@ class Pullback:
         dtype = plan.native if dy.dtype == plan.native else plan.arithmetic
         view, target = call.target(dx)
         with np.errstate(all="ignore"):  # an inf or NaN in dy or x is no news
-            gamma, _ = call.params()
-            if self._r is not None:
-                gamma, _ = _affine(gamma, None, self._r, self._r)
+            gamma, _ = _affine(*call.params(), self._r, None)
             sums = call.backend.gradients(
                 call.pack(dy, dtype),
                 call.pack(x, plan.native),
@@ -391,7 +390,9 @@ class Pullback:
                 return Grads(dx, None, None)
             dgamma, dbeta = sums
             if self._r is not None:
-                dgamma = self._r * dgamma + self._d * dbeta
+                dgamma = self._r * dgamma
+            if self._d is not None:
+                dgamma = dgamma + self._d * dbeta
             return Grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
 
     def _grad(self, grad: Array, param: Array | None) -> Array | None:
@@ -606,7 +607,8 @@ def _check_updated(running: Running, call: Call) -> None:
     mean, spread = running.mean, running.spread
     _writeable("running_mean", mean)
     _writeable(running.spread_name, spread)
-    if _apart(mean, spread, call.x, call.gamma, call.beta):
+    beta = None if call.beta is call.gamma else call.beta  # they may be one array
+    if _apart(mean, spread, call.x, call.gamma, beta):
         return
     both = (("running_mean", mean), (running.spread_name, spread))
     inputs = (("x", call.x), ("gamma", call.gamma), ("beta", call.beta))
@@ -619,7 +621,7 @@ def _check_updated(running: Running, call: Call) -> None:
 
 
 def _check_out(out: Array, call: Call) -> Array:
-    x = call.x
+    x, running = call.x, call.running
     out = _like("out", out, x)
     if out.shape != x.shape or out.dtype != x.dtype:
         raise (ValueError if out.dtype == x.dtype else TypeError)(
@@ -627,20 +629,19 @@ def _check_out(out: Array, call: Call) -> Array:
             f"{x.shape} and {x.dtype}"
         )
     _writeable("out", out)
-    others = [("gamma", call.gamma), ("beta", call.beta)]
+    others = {"gamma": call.gamma, "beta": call.beta}
     if not _same_memory(out, x):
-        others.append(("x", x))
-    if call.running is not None:
-        others.append(("running_mean", call.running.mean))
-        others.append((call.running.spread_name, call.running.spread))
-    others = [(argument, array) for argument, array in others if array is not None]
-    if not _apart(out, *(array for _, array in others)):
-        for argument, array in others:
-            if _overlap(out, array):
-                raise ValueError(
-                    f"out overlaps {argument}: give an array of its own"
-                    + (", or x itself" if argument == "x" else "")
-                )
+        others["x"] = x
+    if running is not None:
+        others |= {"running_mean": running.mean, running.spread_name: running.spread}
+    if _apart(out, *{id(array): array for array in others.values()}.values()):
+        return out
+    for argument, array in others.items():
+        if array is not None and _overlap(out, array):
+            raise ValueError(
+                f"out overlaps {argument}: give an array of its own"
+                + (", or x itself" if argument == "x" else "")
+            )
     return out
 
 
@@ -649,11 +650,13 @@ def _reciprocal(values: Array) -> Array:
     return 1 / values
 
 
-def _affine(gamma: Array | None, beta: Array | None, r: Array, d: Array) -> tuple[Array, Array]:
+def _affine(
+    gamma: Array | None, beta: Array | None, r: Array | None, d: Array | None
+) -> tuple[Array | None, Array | None]:
     """Batch renorm's parameters: r*gamma and d*gamma + beta."""
-    if gamma is None:
-        scaled, shift = r, d
-    else:
-        gamma = gamma.astype(np.float64)
-        scaled, shift = r * gamma, d * gamma
-    return scaled, shift if beta is None else shift + beta.astype(np.float64)
+    if d is not None:
+        d = d if gamma is None else d * gamma.astype(np.float64)
+        beta = d if beta is None else d + beta.astype(np.float64)
+    if r is not None:
+        gamma = r if gamma is None else r * gamma.astype(np.float64)
+    return gamma, beta

@@ -14,7 +14,7 @@ from normkit.backends.numba import kernels as k
 from normkit.backends.numba.threads import Pool
 
 _SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
-_PART = 1 << 15  #: elements of a group that are worth a task of their own
+_PART = 1 << 16  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
 _NONE = Stats(None, None)
 _NO_UPDATE = (None, None, 0, 0.0, 0.0)
@@ -71,7 +71,7 @@ def _work(axes: Axes, dtype: Any) -> Work:
     else:
         groups = k.SLAB // r1
         units, elements = k0 * -(-k1 // groups), r0 * min(k1 * r1, k.SLAB)
-    parts = max(1, min(_MOST_PARTS, elements // _PART, elements if rows else r0))
+    parts = max(1, min(_MOST_PARTS, 4 * (elements // _PART), elements if rows else r0))
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
     stretches = units * (r0 if rows and r0 > 1 else parts)
@@ -260,7 +260,8 @@ class Numba(Backend):
             pieces = -(-min(r1, span) // k.CHUNK) * max(1, span // r1)
             sums = np.empty((x.size // (params * span), params, pieces, 2))
         elif affine and by_column:
-            sums = np.empty((k0 * k1 * r1 // (params * span), params, span, 2))
+            pieces = span // r1 if span % r1 == 0 else span  # of as many columns as are alike
+            sums = np.empty((k0 * k1 * r1 // (params * span), params, pieces, 2))
         kernel = k.rows_backward if work.rows else k.columns_backward
         needs_sums = sums is not None or not frozen
         if work.scarce(threads) or not needs_sums:
@@ -272,10 +273,11 @@ class Numba(Backend):
             run(kernel, k.ALL, units, None, sums)
         if not affine:
             return None
-        if sums is None and work.rows and r0 == k1 == 1:
-            sums = np.empty((2, params))
-            run(k.long_row_params, k.ALL, -(-params // k.SLAB), None, sums)
-            return self._fold(sums, work)
+        if sums is None and work.rows and span == 1:
+            count = max(1, min(_MOST_PARTS, x.size // params, x.size // _PART))
+            shares = np.empty((count, 2, params))
+            run(k.slab_params, k.ALL, count * -(-params // k.SLAB), None, shares, count)
+            return self._fold(shares.sum(axis=0) if count > 1 else shares[0], work)
         if sums is None:
             sums = np.empty((x.size // (params * span), params, 1, 2))
             run(k.param_sums, k.ALL, x.size // span, None, sums)

@@ -7,12 +7,11 @@ on who does what. Two families serve all axes (k0, r0, k1, r1), by what is conti
 rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
 columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
 
-Sums are float64. float32 and the half types take one pass about the group's first element: that
-element being in the group, the squared mean of the differences is at most m times their variance,
-so float64 loses m units in the last place of the variance at most - nothing float32 could see (a
-longer group is checked, and redone about its mean if need be). float64 data always take a second
-pass about the mean. Elements are then centred before they are scaled, in their arithmetic type, or
-in float64 where a statistic is extreme.
+Sums are float64. float32 and the half types, whose squares float64 holds exactly, take one pass:
+the variance is the mean square less the squared mean, which loses to rounding at most 2**-30 of
+itself where the mean is below 1000 standard deviations. A group whose mean is above, and all
+float64 data, are summed about an element, then about the mean. Elements are then centred before
+they are scaled, in their arithmetic type, or in float64 where a statistic is extreme.
 
 Everything compiled stands in this one file: Numba's disk cache sees edits to it, and to no other.
 """
@@ -267,6 +266,7 @@ inline = njit(forceinline=True, **_OPTIONS)
 plain = njit(**_OPTIONS)
 
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
+NEAR = 4096  #: elements of several groups that are near when they are met again
 SLAB = 256  #: columns that one task of the columns family sums side by side
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 ROW_LIMIT = 4096  #: longest row whose parameter gradients are summed on the stack
@@ -318,15 +318,6 @@ def _origin(axes, group):
 
 
 @inline
-def _stretch(axes, parts, task):
-    """(group, part, parts) of a stretch of memory: one of a group's r0, or a part of its only."""
-    k0, r0, k1, r1, params, span = axes
-    if r0 == 1:
-        return task // parts, task % parts, parts
-    return task // (r0 * k1) * k1 + task % k1, task // k1 % r0, r0
-
-
-@inline
 def _parameter(axes, at):
     """Index of the parameter of flat element `at`, and where its run of elements ends.
 
@@ -338,6 +329,56 @@ def _parameter(axes, at):
         return index, at + params - index
     run = at // span
     return run % params, (run + 1) * span
+
+
+@inline
+def _next_parameter(axes, index, end, first, last):
+    """`_parameter` of element `last`, which is in the run of `first` or the next after it."""
+    k0, r0, k1, r1, params, span = axes
+    if last < end:
+        return (index + last - first if span == 1 else index), end
+    if span == 1:
+        return 0, end + params
+    return (index + 1 if index + 1 < params else 0), end + span
+
+
+@inline
+def _by_column(axes):
+    """Whether every row of k1*r1 columns has the same parameters."""
+    k0, r0, k1, r1, params, span = axes
+    return k1 * r1 % (params * span) == 0
+
+
+# A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
+# divide: that takes as long as a hundred elements.
+@inline
+def _find_stretch(axes, parts, task):
+    """(group, its place among the k1 or the part, row, first element) of a stretch."""
+    k0, r0, k1, r1, params, span = axes
+    if r0 == 1:
+        group, part = task // parts, task % parts
+        return group, part, 0, group * r1 + part * r1 // parts
+    sample, rest = task // (r0 * k1), task % (r0 * k1)
+    return sample * k1 + rest % k1, rest % k1, rest // k1, task * r1
+
+
+@inline
+def _next_stretch(axes, parts, group, place, row):
+    """The same, but for the element, of the next."""
+    k0, r0, k1, r1, params, span = axes
+    if r0 == 1:
+        return (group, place + 1, 0) if place + 1 < parts else (group + 1, 0, 0)
+    if place + 1 < k1:
+        return group + 1, place + 1, row
+    return (group + 1 - k1, 0, row + 1) if row + 1 < r0 else (group + 1, 0, 0)
+
+
+@inline
+def _end_of_stretch(axes, parts, group, place, at):
+    k0, r0, k1, r1, params, span = axes
+    if r0 == 1 and parts > 1:
+        return group * r1 + (place + 1) * r1 // parts
+    return at + r1
 
 
 # ------------------------------------------------------------------------------------------ moments
@@ -400,7 +441,7 @@ def _central(s, q, count, center):
 
 @inline
 def _is_good(delta, var):
-    """Whether one pass about an element was enough; a NaN is not good."""
+    """Whether the variance may be a difference from the squared mean; a NaN is not good."""
     return delta * delta <= 2.0**20 * var
 
 
@@ -437,18 +478,6 @@ def _exact_moments(x, axes, group, parts, eps, center):
     scale = before * after
     rstd = scale / np.sqrt(var + eps * scale * scale)
     return mean / before, residual / before, var / scale / scale, rstd
-
-
-@inline
-def _moments(x, axes, group, parts, eps, center):
-    """(mean, its rounding error, variance, rstd) of a group."""
-    if not is_float64(x):
-        shift = np.float64(load(x, _origin(axes, group))) if center else 0.0
-        s, q = _group_sums(x, axes, group, parts, shift, 1.0, 1.0)
-        delta, var = _central(s, q, axes[1] * axes[3], center)
-        if _is_good(delta, var) and np.isfinite(q):
-            return shift + delta, 0.0, var, 1.0 / np.sqrt(var + eps)
-    return _exact_moments(x, axes, group, parts, eps, center)
 
 
 @elementwise
@@ -503,20 +532,66 @@ def _copy_from(source, first, target, count):
         store(target, j, load(source, first + j))
 
 
+@elementwise
+def _copy_to(target, first, source, count):
+    for j in range(count):
+        store(target, first + j, load(source, j))
+
+
+@reduction
+def _group_moments(count, groups, center, eps, shift, sums, mean, residual, var, rstd):
+    """Moments of groups from their sums; how many of them need `_exact_moments`."""
+    bad = 0
+    for i in range(groups):
+        q = load(sums, SLAB + i)
+        delta = load(sums, i) / count if center else 0.0
+        v = max(q / count - delta * delta, 0.0)
+        bad += not ((delta * delta <= 2.0**20 * v) & (q < np.inf))
+        store(mean, i, delta)
+        store(var, i, v)
+        store(rstd, i, 1.0 / np.sqrt(v + eps))
+    for i in range(groups):
+        _add_exactly(shift, mean, residual, i)
+    return bad
+
+
+@elementwise
+def _add_exactly(shift, mean, residual, i):
+    """mean + residual = shift + mean, the rounding error of the sum being the residual."""
+    about, delta = load(shift, i), load(mean, i)
+    total = about + delta
+    store(residual, i, about - total + delta)
+    store(mean, i, total)
+
+
 @inline
-def _save(call, group, mean, residual, var, rstd):
-    if given(call.running_mean):
-        means, variances = scratch(0.0, 1), scratch(0.0, 1)
-        store(means, 0, mean)
-        store(variances, 0, var)
-        _update(call, group, means, variances, 1)
+def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
+    """Moments of `groups` groups from `group` on, from their sums; only the mean if not `last`."""
+    x, axes = call.x, call.axes
+    count = axes[1] * axes[3]
+    bad = _group_moments(
+        count, groups, call.center, call.eps, shift, sums, mean, residual, var, rstd
+    )
+    if last and (bad or is_float64(x)):
+        for i in range(groups):
+            v, q = load(var, i), load(sums, SLAB + i)
+            delta = (load(mean, i) - load(shift, i)) + load(residual, i)
+            good = v > 2.0**-900 if is_float64(x) else _is_good(delta, v)
+            if not (good and np.isfinite(q)):
+                m, e, v, r = _exact_moments(x, axes, group + i, call.parts, call.eps, call.center)
+                store(mean, i, m)
+                store(residual, i, e)
+                store(var, i, v)
+                store(rstd, i, r)
     if given(call.mean):
-        store(call.mean, group, mean)
-        store(call.rstd, group, rstd)
+        _copy_to(call.mean, group, mean, groups)
+        _copy_to(call.rstd, group, rstd, groups)
     if given(call.residual):
-        store(call.residual, group, residual)
+        _copy_to(call.residual, group, residual, groups)
     if given(call.var):
-        store(call.var, group, var)
+        _copy_to(call.var, group, var, groups)
+    if last:
+        _update(call, group, mean, var, groups)
 
 
 @inline
@@ -569,116 +644,123 @@ def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index
 
 
 @inline
-def _apply_rows(call, group, part, parts, mean, residual, rstd):
-    """y of one part of a group."""
-    x, y, gamma, beta = call.x, call.y, call.gamma, call.beta
-    k0, r0, k1, r1, params, span = call.axes
+def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd):
+    """y of elements first..end, of one group and side by side; `_parameter` of the next."""
+    x, y, gamma, beta, axes = call.x, call.y, call.gamma, call.beta, call.axes
+    span = axes[5]
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     wide = is_float64(x) or _extreme(rstd)
-    row, at, left = 0, 0, r0 * r1
-    if parts > 1:
-        begin = part * left // parts
-        left = (part + 1) * left // parts - begin
-        row, at = begin // r1, begin % r1
-    origin = _origin(call.axes, group) + row * k1 * r1
-    while left > 0:
-        first = origin + at
-        stop = first + min(left, r1 - at)
-        left -= stop - first
-        index, end_of_run = _parameter(call.axes, first)
-        while first < stop:
-            last = min(stop, end_of_run)
-            if span == 1:
-                if wide:
-                    _apply_many(
-                        x, y, first, last, factor, high, scaled, -low * scaled, gamma, beta, index
-                    )
-                else:
-                    _apply_many(
-                        x, y, first, last, None, np.float32(high), np.float32(scaled),
-                        np.float32(-low * scaled), gamma, beta, index,
-                    )  # fmt: skip
-                index = 0
-                end_of_run += params
+    while first < end:
+        last = min(end, end_of_run)
+        if span == 1:
+            if wide:
+                _apply_many(
+                    x, y, first, last, factor, high, scaled, -low * scaled, gamma, beta, index
+                )
             else:
-                scale = scaled * load(gamma, index)
-                shift = load(beta, index) - low * scale
-                if wide or _unsafe(scale):
-                    _apply_one(x, y, first, last, factor, high, scale, shift)
-                else:
-                    _apply_one(
-                        x, y, first, last, None, np.float32(high), np.float32(scale),
-                        np.float32(shift),
-                    )  # fmt: skip
-                index = index + 1 if index + 1 < params else 0
-                end_of_run += span
-            first = last
-        at = 0
-        origin += k1 * r1
+                _apply_many(
+                    x, y, first, last, None, np.float32(high), np.float32(scaled),
+                    np.float32(-low * scaled), gamma, beta, index,
+                )  # fmt: skip
+        else:
+            scale = scaled * load(gamma, index)
+            shift = load(beta, index) - low * scale
+            if wide or _unsafe(scale):
+                _apply_one(x, y, first, last, factor, high, scale, shift)
+            else:
+                _apply_one(
+                    x, y, first, last, None, np.float32(high), np.float32(scale),
+                    np.float32(shift),
+                )  # fmt: skip
+        index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
+        first = last
+    return index, end_of_run
 
 
-@plain
-def _finish_moments(call, group):
-    """A group's moments from the sums of its parts."""
-    x, axes, parts = call.x, call.axes, call.parts
-    s = q = 0.0
-    for part in range(parts):
-        s += load(call.partial, 2 * (group * parts + part))
-        q += load(call.partial, 2 * (group * parts + part) + 1)
-    delta, var = _central(s, q, axes[1] * axes[3], call.center)
-    shift = _shift(call, group)
-    if is_float64(x) and call.center and call.round == 0:
-        store(call.mean, group, shift + delta)
-        return
-    mean = shift + delta
-    good = np.isfinite(q) and (var > 2.0**-900 if is_float64(x) else _is_good(delta, var))
-    if good:
-        rstd = 1.0 / np.sqrt(var + call.eps)
-        _save(call, group, mean, shift - mean + delta, var, rstd)
-    else:
-        mean, residual, var, rstd = _exact_moments(x, axes, group, parts, call.eps, call.center)
-        _save(call, group, mean, residual, var, rstd)
-
-
-@plain
-def _shift(call, group):
-    """What `SUMS` are about: an element of the group, then its rounded mean."""
-    if not call.center:
+@inline
+def _shift(call, group, again):
+    """What a group is summed about: for float64 its first element, then its rounded mean."""
+    if not (is_float64(call.x) and call.center):
         return 0.0
-    if call.round == 0:
-        return np.float64(load(call.x, _origin(call.axes, group)))
-    return load(call.mean, group)
+    return load(call.mean, group) if again else np.float64(load(call.x, _origin(call.axes, group)))
 
 
 @plain
 def _rows_forward(call, first, last):
     """A unit is a group, its parts are stretches of memory."""
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
-    for task in range(first, last):
-        if stage == SUMS:
+    k0, r0, k1, r1, params, span = axes
+    shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIR)
+    mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    rounds = 2 if is_float64(x) and call.center else 1
+    block = min(SLAB, max(1, NEAR // (r0 * r1)))
+    if stage == SUMS:
+        for task in range(first, last):
             group = task // parts
-            shift = _shift(call, group)
-            s, q = _part_sums(x, axes, group, task % parts, parts, shift, 1.0, 1.0)
+            about = _shift(call, group, call.round == 1)
+            s, q = _part_sums(x, axes, group, task % parts, parts, about, 1.0, 1.0)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, q)
-        elif stage == FINISH:
-            _finish_moments(call, task)
-        elif stage == APPLY:
-            group, part, count = _stretch(axes, parts, task)
+    elif stage == FINISH:
+        for group in range(first, last):
+            s = q = 0.0
+            for task in range(group * parts, (group + 1) * parts):
+                s += load(call.partial, 2 * task)
+                q += load(call.partial, 2 * task + 1)
+            store(sums, 0, s)
+            store(sums, SLAB, q)
+            store(shift, 0, _shift(call, group, call.round == 1))
+            final = call.round == rounds - 1
+            _finish(call, group, 1, final, shift, sums, mean, residual, var, rstd)
+    elif stage == APPLY:
+        group, place, row, at = _find_stretch(axes, parts, first)
+        index, end_of_run = _parameter(axes, at)
+        for _ in range(first, last):
             mean, residual, rstd = _given_stats(call, group)
-            _apply_rows(call, group, part, count, mean, residual, rstd)
-        else:
-            mean, residual, var, rstd = _moments(x, axes, task, parts, call.eps, call.center)
-            _save(call, task, mean, residual, var, rstd)
-            if stage == ALL:
-                _apply_rows(call, task, 0, 1, mean, residual, rstd)
+            end = _end_of_stretch(axes, parts, group, place, at)
+            index, end_of_run = _apply_stretch(
+                call, at, end, index, end_of_run, mean, residual, rstd
+            )
+            group, place, row = _next_stretch(axes, parts, group, place, row)
+            at = end
+    else:
+        fixed = _by_column(axes)
+        index, end_of_run = _parameter(axes, _origin(axes, first))
+        for begin in range(first, last, block):
+            groups = min(block, last - begin)
+            for again in range(rounds):
+                for i in range(groups):
+                    about = load(mean, i) if again else _shift(call, begin + i, False)
+                    s, q = _group_sums(x, axes, begin + i, parts, about, 1.0, 1.0)
+                    store(shift, i, about)
+                    store(sums, i, s)
+                    store(sums, SLAB + i, q)
+                final = again == rounds - 1
+                _finish(call, begin, groups, final, shift, sums, mean, residual, var, rstd)
+            for i in range(0 if stage == MOMENTS else groups):
+                m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+                at = _origin(axes, begin + i)
+                if r0 > 1:
+                    index, end_of_run = _parameter(axes, at)
+                for _ in range(r0):
+                    found = _apply_stretch(call, at, at + r1, index, end_of_run, m, e, r)
+                    at += k1 * r1
+                    if r0 == 1:  # the next group's elements are the next in memory
+                        index, end_of_run = found
+                    elif fixed:
+                        end_of_run += k1 * r1
+                    else:
+                        index, end_of_run = _parameter(axes, at)
 
 
 # ----------------------------------------------------------------------------------- rows: backward
 @elementwise
 def _centred(x, i, factor, high, low):
     """(x - mean)*factor in float64; no sum, so that LLVM may not reassociate it."""
-    return (times(np.float64(load(x, i)), factor, 0) - high) - low
+    if is_float64(x):
+        return (load(x, i) * factor - high) - low
+    return np.float64(load(x, i)) - (high + low)
 
 
 @reduction
@@ -752,6 +834,8 @@ def _row_grads(call, group, part, parts):
         at, inside = at // pieces * run, at % pieces * CHUNK
     origin = _origin(call.axes, group) + row * k1 * r1
     index, _ = _parameter(call.axes, origin + at)
+    fixed = r0 == 1 or _by_column(call.axes)
+    first_of_row = index if at == 0 else _parameter(call.axes, origin)[0]
     s = p = 0.0
     for _ in range(count):
         first = origin + at + inside
@@ -775,11 +859,14 @@ def _row_grads(call, group, part, parts):
         if inside == run:
             inside = 0
             at += run
+            if span > 1:
+                index = index + 1 if index + 1 < params else 0
             if at == r1:
                 at = 0
                 origin += k1 * r1
-            if count > 1:
-                index, _ = _parameter(call.axes, origin + at)
+                if not fixed:
+                    first_of_row, _ = _parameter(call.axes, origin)
+                index = first_of_row
     return s, p * rstd
 
 
@@ -794,79 +881,87 @@ def _line(call, s, p, low, rstd):
 
 
 @inline
-def _apply_row_grads(call, group, part, parts, s, p):
-    """dx of one part of a group."""
-    dy, x, dx, gamma = call.dy, call.x, call.dx, call.gamma
-    k0, r0, k1, r1, params, span = call.axes
-    mean, residual, rstd = _saved(call, group)
-    wide = is_float64(x) or _extreme(rstd)
+def _apply_grad_stretch(call, first, end, index, end_of_run, mean, residual, rstd, s, p):
+    """dx of elements first..end, of one group and side by side; `_parameter` of the next."""
+    dy, x, dx, gamma, axes = call.dy, call.x, call.dx, call.gamma, call.axes
+    span = axes[5]
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     slope, shift = _line(call, s, p, low, scaled)
-    wide = wide or _unsafe(slope)
-    row, at, left = 0, 0, r0 * r1
-    if parts > 1:
-        begin = part * left // parts
-        left = (part + 1) * left // parts - begin
-        row, at = begin // r1, begin % r1
-    origin = _origin(call.axes, group) + row * k1 * r1
-    while left > 0:
-        first = origin + at
-        stop = first + min(left, r1 - at)
-        left -= stop - first
-        index, end_of_run = _parameter(call.axes, first)
-        while first < stop:
-            last = min(stop, end_of_run)
-            if span == 1:
-                if wide:
-                    _dx_many(
-                        dy, x, dx, first, last, factor, high, scaled, slope, shift, gamma, index
-                    )
-                else:
-                    _dx_many(
-                        dy, x, dx, first, last, None, np.float32(high),
-                        np.float32(scaled), np.float32(slope), np.float32(shift), gamma, index,
-                    )  # fmt: skip
-                index = 0
-                end_of_run += params
+    wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
+    while first < end:
+        last = min(end, end_of_run)
+        if span == 1:
+            if wide:
+                _dx_many(dy, x, dx, first, last, factor, high, scaled, slope, shift, gamma, index)
             else:
-                scale = scaled * load(gamma, index)
-                if wide or _unsafe(scale):
-                    _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift)
-                else:
-                    _dx_one(
-                        dy, x, dx, first, last, None, np.float32(high),
-                        np.float32(scale), np.float32(slope), np.float32(shift),
-                    )  # fmt: skip
-                index = index + 1 if index + 1 < params else 0
-                end_of_run += span
-            first = last
-        at = 0
-        origin += k1 * r1
+                _dx_many(
+                    dy, x, dx, first, last, None, np.float32(high),
+                    np.float32(scaled), np.float32(slope), np.float32(shift), gamma, index,
+                )  # fmt: skip
+        else:
+            scale = scaled * load(gamma, index)
+            if wide or _unsafe(scale):
+                _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift)
+            else:
+                _dx_one(
+                    dy, x, dx, first, last, None, np.float32(high),
+                    np.float32(scale), np.float32(slope), np.float32(shift),
+                )  # fmt: skip
+        index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
+        first = last
+    return index, end_of_run
 
 
 @plain
 def _rows_backward(call, first, last):
     """A unit is a group, its parts are stretches of memory."""
-    parts, stage = call.parts, call.stage
-    for task in range(first, last):
-        s = p = 0.0
-        if stage == SUMS:
+    axes, parts, stage = call.axes, call.parts, call.stage
+    k0, r0, k1, r1, params, span = axes
+    if stage == SUMS:
+        for task in range(first, last):
             s, p = _row_grads(call, task // parts, task % parts, parts)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, p)
-        elif stage == APPLY:
-            group, part, count = _stretch(call.axes, parts, task)
+    elif stage == APPLY:
+        group, place, row, at = _find_stretch(axes, parts, first)
+        index, end_of_run = _parameter(axes, at)
+        for _ in range(first, last):
+            s = p = 0.0
             for i in range(0 if call.frozen else parts):
                 s += load(call.partial, 2 * (group * parts + i))
                 p += load(call.partial, 2 * (group * parts + i) + 1)
-            _apply_row_grads(call, group, part, count, s, p)
-        else:
+            mean, residual, rstd = _saved(call, group)
+            end = _end_of_stretch(axes, parts, group, place, at)
+            index, end_of_run = _apply_grad_stretch(
+                call, at, end, index, end_of_run, mean, residual, rstd, s, p
+            )
+            group, place, row = _next_stretch(axes, parts, group, place, row)
+            at = end
+    else:
+        fixed = _by_column(axes)
+        index, end_of_run = _parameter(axes, _origin(axes, first))
+        for group in range(first, last):
+            s = p = 0.0
             if given(call.sums) or not call.frozen:
                 for part in range(parts):
-                    ds, dp = _row_grads(call, task, part, parts)
+                    ds, dp = _row_grads(call, group, part, parts)
                     s += ds
                     p += dp
-            _apply_row_grads(call, task, 0, 1, s, p)
+            mean, residual, rstd = _saved(call, group)
+            at = _origin(axes, group)
+            if r0 > 1:
+                index, end_of_run = _parameter(axes, at)
+            for _ in range(r0):
+                found = _apply_grad_stretch(
+                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p
+                )
+                at += k1 * r1
+                if r0 == 1:  # the next group's elements are the next in memory
+                    index, end_of_run = found
+                elif fixed:
+                    end_of_run += k1 * r1
+                else:
+                    index, end_of_run = _parameter(axes, at)
 
 
 @plain
@@ -939,11 +1034,24 @@ def _slab(axes, unit):
     return sample * k1 + group, groups, column, groups * r1, sample * r0 * k1 * r1 + column
 
 
+@inline
+def _step(axes):
+    """How many columns of a slab are alike: a group's, if they share a parameter."""
+    k0, r0, k1, r1, params, span = axes
+    return r1 if span % r1 == 0 else 1
+
+
+@inline
+def _side_by_side(axes, columns):
+    """How many rows of a slab lie side by side in memory and are taken as one."""
+    return SLAB // columns if columns == axes[2] * axes[3] else 1
+
+
 @elementwise
 def _sum_columns(x, at, stride, rows, columns, shift, sums, to):
     """Add those of `rows` rows to the columns' sums of x - shift, and of its square."""
     for j in range(columns):
-        k = load(shift, j)
+        k = load(shift, j) if is_float64(x) else 0.0
         s = q = 0.0
         for row in range(rows):
             d = np.float64(load(x, at + row * stride + j)) - k
@@ -959,91 +1067,77 @@ def _column_sums(call, unit, part, shift, sums, to):
     k0, r0, k1, r1, params, span = call.axes
     _, _, _, columns, origin = _slab(call.axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
-    _clear_pair(sums, to, columns)
-    stride = k1 * r1
-    while row + 8 <= end:  # 8 rows at once: the sums are read and written less often
-        _sum_columns(call.x, origin + row * stride, stride, 8, columns, shift, sums, to)
-        row += 8
+    stride, many = k1 * r1, _side_by_side(call.axes, columns)
+    _clear_pair(sums, to, many * columns)
+    while row + 8 * many <= end:  # 8 at once: the sums are read and written less often
+        at = origin + row * stride
+        _sum_columns(call.x, at, many * stride, 8, many * columns, shift, sums, to)
+        row += 8 * many
     while row < end:
         _sum_columns(call.x, origin + row * stride, stride, 1, columns, shift, sums, to)
         row += 1
-
-
-@plain
-def _column_shift(call, unit, again, mean, shift):
-    """What a slab's columns are summed about: their group's first element, `again` its mean."""
-    r1 = call.axes[3]
-    _, groups, _, columns, origin = _slab(call.axes, unit)
-    if not call.center:
-        _fill(shift, 0, columns, 0.0)
-    elif again:
-        _copy_from(mean, 0, shift, groups)
-        _expand(shift, groups, r1)
-    else:
-        _copy_from(call.x, origin, shift, columns)
-        if r1 > 1:
-            for i in range(groups):
-                _fill(shift, i * r1, (i + 1) * r1, load(shift, i * r1))
-
-
-@reduction
-def _group_moments(count, groups, center, eps, shift, sums, mean, residual, var, rstd):
-    """Moments of groups from their sums; how many of them need `_exact_moments`."""
-    bad = 0
-    for i in range(groups):
-        q = load(sums, SLAB + i)
-        delta = load(sums, i) / count if center else 0.0
-        v = max(q / count - delta * delta, 0.0)
-        bad += not ((delta * delta <= 2.0**20 * v) & (q < np.inf))
-        store(mean, i, delta)
-        store(var, i, v)
-        store(rstd, i, 1.0 / np.sqrt(v + eps))
-    for i in range(groups):
-        _add_exactly(shift, mean, residual, i)
-    return bad
-
-
-@elementwise
-def _add_exactly(shift, mean, residual, i):
-    """mean + residual = shift + mean, the rounding error of the sum being the residual."""
-    about, delta = load(shift, i), load(mean, i)
-    total = about + delta
-    store(residual, i, about - total + delta)
-    store(mean, i, total)
+    _gather_pair(sums, to, many, columns)
 
 
 @inline
-def _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd):
-    """Moments of a slab's groups from its columns' sums; only the mean if there is more to do."""
-    x, axes, r1 = call.x, call.axes, call.axes[3]
-    group, groups, _, _, _ = _slab(axes, unit)
-    if r1 > 1:
+def _gather_pair(sums, to, many, columns):
+    """Sums of a row of columns from those of `many` side by side."""
+    for i in range(1, many):
+        _add(sums, to, sums, to + i * columns, columns)
+        _add(sums, to + SLAB, sums, to + SLAB + i * columns, columns)
+
+
+@inline
+def _repeat(values, many, columns):
+    """`many` copies of a row of columns side by side."""
+    for i in range(1, many):
+        _copy_to(values, i * columns, values, columns)
+
+
+@inline
+def _column_shift(call, unit, again, mean, shift):
+    """What a slab's columns are summed about, as `_shift`."""
+    r1 = call.axes[3]
+    _, groups, _, columns, origin = _slab(call.axes, unit)
+    if not (is_float64(call.x) and call.center):
+        _fill(shift, 0, groups, 0.0)
+        return
+    if again:
+        _copy_from(mean, 0, shift, groups)
+    else:
         for i in range(groups):
-            s = q = 0.0
-            for j in range(i * r1, (i + 1) * r1):
-                s += load(sums, j)
-                q += load(sums, SLAB + j)
-            store(sums, i, s)
-            store(sums, SLAB + i, q)
+            store(shift, i, load(call.x, origin + i * r1))
+    _expand(shift, groups, r1)
+    _repeat(shift, _side_by_side(call.axes, columns), columns)
+
+
+@reduction
+def _sum_run(values, first, last):
+    s = 0.0
+    for j in range(first, last):
+        s += load(values, j)
+    return s
+
+
+@inline
+def _fold_pair(sums, groups, step):
+    """Sums of groups of `step` columns each, in place."""
+    if step > 1:
+        for i in range(groups):
+            store(sums, i, _sum_run(sums, i * step, (i + 1) * step))
+            store(sums, SLAB + i, _sum_run(sums, SLAB + i * step, SLAB + (i + 1) * step))
+
+
+@inline
+def _finish_columns(call, unit, last, shift, sums, mean, residual, var, rstd):
+    """`_finish` of a slab's groups, from its columns' sums."""
+    r1 = call.axes[3]
+    group, groups, _, _, _ = _slab(call.axes, unit)
+    _fold_pair(sums, groups, r1)
+    if is_float64(call.x) and r1 > 1:
+        for i in range(groups):
             store(shift, i, load(shift, i * r1))
-    count = axes[1] * r1
-    bad = _group_moments(
-        count, groups, call.center, call.eps, shift, sums, mean, residual, var, rstd
-    )
-    if once and (bad or is_float64(x)):
-        for i in range(groups):
-            v, q = load(var, i), load(sums, SLAB + i)
-            delta = (load(mean, i) - load(shift, i)) + load(residual, i)
-            good = v > 2.0**-900 if is_float64(x) else _is_good(delta, v)
-            if not (good and np.isfinite(q)):
-                m, e, v, r = _exact_moments(x, axes, group + i, 1, call.eps, call.center)
-                store(mean, i, m)
-                store(residual, i, e)
-                store(var, i, v)
-                store(rstd, i, r)
-    _save_slab(call, unit, mean, residual, var, rstd)
-    if once:
-        _update(call, group, mean, var, groups)
+    _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd)
 
 
 @inline
@@ -1055,24 +1149,6 @@ def _load_slab(call, unit, mean, residual, rstd):
         _copy_from(call.residual, group, residual, groups)
     else:
         _fill(residual, 0, groups, 0.0)
-
-
-@elementwise
-def _copy_to(target, first, source, count):
-    for j in range(count):
-        store(target, first + j, load(source, j))
-
-
-@inline
-def _save_slab(call, unit, mean, residual, var, rstd):
-    group, groups, _, _, _ = _slab(call.axes, unit)
-    if given(call.mean):
-        _copy_to(call.mean, group, mean, groups)
-        _copy_to(call.rstd, group, rstd, groups)
-    if given(call.residual):
-        _copy_to(call.residual, group, residual, groups)
-    if given(call.var):
-        _copy_to(call.var, group, var, groups)
 
 
 @elementwise
@@ -1093,24 +1169,6 @@ def _total(parts, partial, unit, columns, sums):
     _clear_pair(sums, 0, columns)
     for part in range(parts):
         _add_pair(sums, partial, PAIR * (unit * parts + part), columns)
-
-
-@inline
-def _by_column(axes):
-    """Whether every row of columns has the same parameters."""
-    k0, r0, k1, r1, params, span = axes
-    return k1 * r1 % (params * span) == 0
-
-
-@inline
-def _next_parameter(axes, index, end, at):
-    """`_parameter` of element `at`, given that of the one before."""
-    k0, r0, k1, r1, params, span = axes
-    if span == 1:
-        return (index + 1 if index + 1 < params else 0), end
-    if at < end:
-        return index, end
-    return (index + 1 if index + 1 < params else 0), end + span
 
 
 @reduction
@@ -1139,20 +1197,30 @@ def _expand(values, groups, r1):
 
 
 @inline
-def _column_params(axes, unit, values, default, columns):
-    """Each column's parameter, or `default` where it differs between rows."""
+def _column_params(axes, unit, step, values, default, found):
+    """The parameter of every `step` columns, or `default` where it differs between rows."""
     k0, r0, k1, r1, params, span = axes
-    _, _, first, count, _ = _slab(axes, unit)
+    _, _, first, columns, _ = _slab(axes, unit)
+    count = columns // step
     if not _by_column(axes):
-        _fill(columns, 0, count, default)
+        _fill(found, 0, count, default)
         return
-    index, end = _parameter(axes, first)
-    if span == 1 and index + count <= params:
-        _copy_from(values, index, columns, count)
-        return
-    for j in range(count):
-        store(columns, j, load(values, index))
-        index, end = _next_parameter(axes, index, end, first + j + 1)
+    at = 0
+    while at < count:
+        index, end = _parameter(axes, first + at * step)
+        stop = min(count, (end - first) // step)
+        if span == 1:
+            _copy_run(values, index, found, at, stop)
+        else:
+            _fill(found, at, stop, load(values, index))
+        at = stop
+
+
+@elementwise
+def _copy_run(source, index, target, first, last):
+    offset = index - first
+    for j in range(first, last):
+        store(target, j, load(source, j + offset))
 
 
 @elementwise
@@ -1197,17 +1265,33 @@ def _prepare_columns(
     """Each column's y = (x*factor - high)*scale + shift; how many need float64."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = _slab(axes, unit)
-    count = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale, wide)
-    _expand(factor, groups, r1)
-    _expand(high, groups, r1)
-    _expand(low, groups, r1)
-    _expand(scale, groups, r1)
-    _expand(wide, groups, r1)
-    _column_params(axes, unit, call.gamma, 1.0, weight)
-    _column_params(axes, unit, call.beta, 0.0, shift)
-    _multiply(columns, scale, weight)
-    _fold_affine(columns, scale, shift, low)
-    return _widen(columns, scale, wide, count * r1)
+    step, many = _step(axes), _side_by_side(axes, columns)
+    alike, count = r1 // step, columns // step
+    wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale, wide)
+    _expand(high, groups, alike)
+    _expand(low, groups, alike)
+    _expand(scale, groups, alike)
+    _expand(wide, groups, alike)
+    _column_params(axes, unit, step, call.gamma, 1.0, weight)
+    _column_params(axes, unit, step, call.beta, 0.0, shift)
+    _multiply(count, scale, weight)
+    _fold_affine(count, scale, shift, low)
+    wides = _widen(count, scale, wide, wides * alike)
+    _spread(high, count, step, many)
+    _spread(scale, count, step, many)
+    _spread(shift, count, step, many)
+    if wides:
+        _expand(factor, groups, r1)
+        _repeat(factor, many, columns)
+        _expand(wide, count, step)
+    return wides * step
+
+
+@inline
+def _spread(values, count, step, many):
+    """Repeat each value for `step` columns, and those for `many` rows side by side."""
+    _expand(values, count, step)
+    _repeat(values, many, count * step)
 
 
 @elementwise
@@ -1241,6 +1325,12 @@ def _apply_rows_of_columns(call, unit, row, end, begin, stop, factor, high, scal
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = _slab(axes, unit)
     folded = _by_column(axes)
+    if folded and begin == 0:
+        many = _side_by_side(axes, stop)
+        while row + many <= end:
+            at = origin + row * k1 * r1
+            _apply_columns(x, y, at, 0, many * stop, factor, high, scale, shift)
+            row += many
     for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
         if folded:
             _apply_columns(x, y, at, begin, stop, factor, high, scale, shift)
@@ -1288,8 +1378,8 @@ def _columns_forward(call, first, last):
                 _load_slab(call, unit, mean, residual, rstd)
             _column_shift(call, unit, call.round == 1, mean, shift)
             _total(parts, call.partial, unit, columns, sums)
-            once = call.round == rounds - 1
-            _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd)
+            final = call.round == rounds - 1
+            _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
             continue
         if stage == APPLY and given(call.running_mean):
             group, groups, _, _, _ = _slab(call.axes, unit)
@@ -1300,12 +1390,12 @@ def _columns_forward(call, first, last):
         else:
             for again in range(rounds):
                 _column_shift(call, unit, again == 1, mean, shift)
-                _clear_pair(sums, 0, columns)
-                for i in range(parts):
+                _column_sums(call, unit, 0, shift, sums, 0)
+                for i in range(1, parts):
                     _column_sums(call, unit, i, shift, part_sums, 0)
                     _add_pair(sums, part_sums, 0, columns)
-                once = again == rounds - 1
-                _finish_columns(call, unit, once, shift, sums, mean, residual, var, rstd)
+                final = again == rounds - 1
+                _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
         if stage != MOMENTS:
             row, end = 0, r0
             if stage == APPLY:
@@ -1313,9 +1403,10 @@ def _columns_forward(call, first, last):
             count = _prepare_columns(
                 call, unit, mean, residual, rstd, factor, high, low, scale, lift, weight, wide
             )
-            _copy_from(high, 0, narrow[0], columns)
-            _copy_from(scale, 0, narrow[1], columns)
-            _copy_from(lift, 0, narrow[2], columns)
+            tables = columns * _side_by_side(call.axes, columns)
+            _copy_from(high, 0, narrow[0], tables)
+            _copy_from(scale, 0, narrow[1], tables)
+            _copy_from(lift, 0, narrow[2], tables)
             begin = 0
             while begin < columns:
                 stop = _same_type(wide, count, begin, columns)
@@ -1332,10 +1423,9 @@ def _columns_forward(call, first, last):
 @elementwise
 def _centred_column(x, i, factor, high, low, j):
     """(x - mean)*factor in float64."""
-    d = np.float64(load(x, i))
     if is_float64(x):
-        d *= load(factor, j)
-    return (d - load(high, j)) - load(low, j)
+        return (load(x, i) * load(factor, j) - load(high, j)) - load(low, j)
+    return np.float64(load(x, i)) - (load(high, j) + load(low, j))
 
 
 @elementwise
@@ -1379,17 +1469,18 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     k0, r0, k1, r1, params, span = axes
     _, _, _, columns, origin = _slab(axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
-    _clear_pair(sums, to, columns)
-    stride = k1 * r1
+    stride, many = k1 * r1, _side_by_side(axes, columns)
+    _clear_pair(sums, to, many * columns)
     if _by_column(axes):
-        while row + 4 <= end:
-            at = origin + row * stride
-            _sum_column_grads(dy, x, at, stride, 4, columns, factor, high, low, sums, to)
-            row += 4
+        while row + 4 * many <= end:
+            at, wide = origin + row * stride, many * columns
+            _sum_column_grads(dy, x, at, many * stride, 4, wide, factor, high, low, sums, to)
+            row += 4 * many
         while row < end:
             at = origin + row * stride
             _sum_column_grads(dy, x, at, stride, 1, columns, factor, high, low, sums, to)
             row += 1
+        _gather_pair(sums, to, many, columns)
         return
     for at in range(origin + row * stride, origin + end * stride, stride):
         first = 0
@@ -1407,23 +1498,27 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
 
 
 @inline
-def _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide):
-    """`_centre` for each column of a slab; how many need float64."""
-    _, groups, _, _, _ = _slab(call.axes, unit)
-    r1 = call.axes[3]
+def _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide, lows, rstds):
+    """`_centre` for each group of a slab, then for each column; how many rstds need float64."""
+    axes, r1 = call.axes, call.axes[3]
+    _, groups, _, columns, _ = _slab(axes, unit)
+    alike, many = r1 // _step(axes), _side_by_side(axes, columns)
     _load_slab(call, unit, mean, residual, rstd)
-    count = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, rstd, wide)
-    _expand(factor, groups, r1)
-    _expand(high, groups, r1)
-    _expand(low, groups, r1)
-    _expand(rstd, groups, r1)
-    _expand(wide, groups, r1)
-    return count * r1
+    wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, rstd, wide)
+    _copy_to(lows, 0, low, groups)
+    _copy_to(rstds, 0, rstd, groups)
+    _expand(rstd, groups, alike)
+    _expand(wide, groups, alike)
+    _spread(high, groups, r1, many)
+    _spread(low, groups, r1, many)
+    if wides:
+        _spread(factor, groups, r1, many)
+    return wides * alike
 
 
 @elementwise
 def _lines(groups, count, frozen, center, low, rstd, s, p, slope, shift):
-    """`_line` for each of the groups, whose values are in their first column."""
+    """`_line` for each of the groups."""
     for i in range(groups):
         r = load(rstd, i)
         a = b = 0.0
@@ -1435,34 +1530,36 @@ def _lines(groups, count, frozen, center, low, rstd, s, p, slope, shift):
 
 
 @inline
-def _prepare_column_grads(call, unit, low, rstd, sums, weight, s, p, scale, slope, shift):
+def _prepare_column_grads(
+    call, unit, lows, rstds, rstd, wide, wides, sums, weight, s, p, scale, slope, shift
+):
     """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = _slab(axes, unit)
-    _column_params(axes, unit, call.gamma, 1.0, weight)
-    _copy_from(rstd, 0, scale, columns)
-    _multiply(columns, scale, weight)
-    _copy_from(sums, 0, s, columns)
-    _copy_from(sums, SLAB, p, columns)
-    _multiply(columns, s, weight)
-    _multiply(columns, p, weight)
-    group_low, group_rstd = low, rstd
-    if r1 > 1:
-        group_low, group_rstd = slope, shift  # overwritten by the lines, one group at a time
+    step, many = _step(axes), _side_by_side(axes, columns)
+    alike, count = r1 // step, columns // step
+    _column_params(axes, unit, step, call.gamma, 1.0, weight)
+    _copy_from(rstd, 0, scale, count)
+    _multiply(count, scale, weight)
+    _copy_from(sums, 0, s, count)
+    _copy_from(sums, SLAB, p, count)
+    _multiply(count, s, weight)
+    _multiply(count, p, weight)
+    if alike > 1:
         for i in range(groups):
-            ds = dp = 0.0
-            for j in range(i * r1, (i + 1) * r1):
-                ds += load(s, j)
-                dp += load(p, j)
-            store(s, i, ds)
-            store(p, i, dp)
-            store(slope, i, load(low, i * r1))
-            store(shift, i, load(rstd, i * r1))
-    _lines(
-        groups, axes[1] * r1, call.frozen, call.center, group_low, group_rstd, s, p, slope, shift
-    )
-    _expand(slope, groups, r1)
-    _expand(shift, groups, r1)
+            store(s, i, _sum_run(s, i * alike, (i + 1) * alike))
+            store(p, i, _sum_run(p, i * alike, (i + 1) * alike))
+    _lines(groups, axes[1] * r1, call.frozen, call.center, lows, rstds, s, p, slope, shift)
+    _expand(slope, groups, alike)
+    _expand(shift, groups, alike)
+    wides = _widen(count, scale, wide, wides)
+    wides = _widen(count, slope, wide, wides)
+    _spread(scale, count, step, many)
+    _spread(slope, count, step, many)
+    _spread(shift, count, step, many)
+    if wides:
+        _expand(wide, count, step)
+    return wides * step
 
 
 @elementwise
@@ -1501,6 +1598,12 @@ def _apply_column_grads(call, unit, row, end, begin, stop, factor, high, scale, 
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = _slab(axes, unit)
     folded = _by_column(axes)
+    if folded and begin == 0:
+        many = _side_by_side(axes, stop)
+        while row + many <= end:
+            at = origin + row * k1 * r1
+            _dx_columns(dy, x, dx, at, 0, many * stop, factor, high, scale, slope, shift)
+            row += many
     for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
         if folded:
             _dx_columns(dy, x, dx, at, begin, stop, factor, high, scale, slope, shift)
@@ -1530,15 +1633,16 @@ def _columns_backward(call, first, last):
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, slope, shift = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     weight, s, p = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
-    wide = scratch(0.0, SLAB)
+    wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     one = np.float32(1.0)
     narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
+    step = _step(call.axes)
     for task in range(first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
             unit, part = task // parts, task % parts
         _, _, _, columns, _ = _slab(call.axes, unit)
-        count = _centre_columns(call, unit, s, p, factor, high, low, rstd, wide)
+        count = _centre_columns(call, unit, s, p, factor, high, low, rstd, wide, lows, rstds)
         if stage == SUMS:
             to = PAIR * task
             _column_grad_sums(call, unit, part, factor, high, low, call.partial, to)
@@ -1546,25 +1650,26 @@ def _columns_backward(call, first, last):
         row, end = 0, r0
         if stage == APPLY:
             row, end = part * r0 // parts, (part + 1) * r0 // parts
-            if given(call.sums) or not call.frozen:
-                _total(parts, call.partial, unit, columns, sums)
-            else:
-                _clear_pair(sums, 0, columns)
-        else:
+        if not (given(call.sums) or not call.frozen):
             _clear_pair(sums, 0, columns)
-            if given(call.sums) or not call.frozen:
-                for i in range(parts):
-                    _column_grad_sums(call, unit, i, factor, high, low, part_sums, 0)
-                    _add_pair(sums, part_sums, 0, columns)
+        elif stage == APPLY:
+            _total(parts, call.partial, unit, columns, sums)
+        else:
+            _column_grad_sums(call, unit, 0, factor, high, low, sums, 0)
+            for i in range(1, parts):
+                _column_grad_sums(call, unit, i, factor, high, low, part_sums, 0)
+                _add_pair(sums, part_sums, 0, columns)
+        _fold_pair(sums, columns // step, step)
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
-        _prepare_column_grads(call, unit, low, rstd, sums, weight, s, p, scale, slope, shift)
-        count = _widen(columns, scale, wide, count)
-        count = _widen(columns, slope, wide, count)
-        _copy_from(high, 0, narrow[0], columns)
-        _copy_from(scale, 0, narrow[1], columns)
-        _copy_from(slope, 0, narrow[2], columns)
-        _copy_from(shift, 0, narrow[3], columns)
+        count = _prepare_column_grads(
+            call, unit, lows, rstds, rstd, wide, count, sums, weight, s, p, scale, slope, shift
+        )
+        tables = columns * _side_by_side(call.axes, columns)
+        _copy_from(high, 0, narrow[0], tables)
+        _copy_from(scale, 0, narrow[1], tables)
+        _copy_from(slope, 0, narrow[2], tables)
+        _copy_from(shift, 0, narrow[3], tables)
         begin = 0
         while begin < columns:
             stop = _same_type(wide, count, begin, columns)
@@ -1579,11 +1684,12 @@ def _columns_backward(call, first, last):
 
 @plain
 def _save_column_sums(call, unit, rstd, sums):
-    """Sums of dy*xhat and of dy down each column: call.sums is (k0, k1*r1, 2)."""
+    """Sums of dy*xhat and of dy of every `_step` columns: call.sums is (k0, k1*r1/step, 2)."""
     k0, r0, k1, r1, params, span = call.axes
     group, _, first, columns, _ = _slab(call.axes, unit)
-    to = group // k1 * k1 * r1 + first
-    for j in range(columns):
+    step = _step(call.axes)
+    to = (group // k1 * k1 * r1 + first) // step
+    for j in range(columns // step):
         store(call.sums, 2 * (to + j), load(sums, SLAB + j) * load(rstd, j))
         store(call.sums, 2 * (to + j) + 1, load(sums, j))
 
@@ -1633,30 +1739,37 @@ def _param_sums(call, first, last):
 
 
 @plain
-def _long_row_params(call, first, last):
-    """dgamma and dbeta of slabs of a long row's parameters, down all rows: (2, params)."""
-    dy, x, axes = call.dy, call.x, call.axes
+def _slab_params(call, first, last):
+    """dgamma and dbeta, summed over all elements with the same parameter, if those follow each
+    other in memory: a task is a slab of parameters in one of `rows` shares of the data, (rows, 2,
+    params).
+    """
+    dy, x, axes, sums = call.dy, call.x, call.axes, call.sums
     k0, r0, k1, r1, params, span = axes
     dgamma, dbeta = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    for slab in range(first, last):
-        begin = slab * SLAB
+    slabs = (params + SLAB - 1) // SLAB
+    periods = k0 * r0 * k1 * r1 // params
+    for task in range(first, last):
+        share, begin = task // slabs, task % slabs * SLAB
         count = min(SLAB, params - begin)
         _fill(dgamma, 0, SLAB, 0.0)
         _fill(dbeta, 0, SLAB, 0.0)
-        for start in range(begin, k0 * r1, params):
-            at, end = start, min(start + count, k0 * r1)
+        for period in range(share * periods // call.rows, (share + 1) * periods // call.rows):
+            start = period * params + begin
+            at, end = start, start + count
             while at < end:
-                stop = min(end, (at // r1 + 1) * r1)
-                mean, residual, rstd = _saved(call, at // r1)
+                column = at % (k1 * r1)
+                stop = min(end, at + r1 - column % r1)
+                group = at // (r0 * k1 * r1) * k1 + column // r1
+                mean, residual, rstd = _saved(call, group)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
                 _add_param_grads(
                     dy, x, at, stop, factor, high, scaled, -low * scaled, dgamma, dbeta, at - start
                 )
                 at = stop
-        _fill(call.sums, begin, begin + count, 0.0)
-        _fill(call.sums, params + begin, params + begin + count, 0.0)
-        _add(call.sums, begin, dgamma, 0, count)
-        _add(call.sums, params + begin, dbeta, 0, count)
+        to = 2 * share * params + begin
+        _copy_to(sums, to, dgamma, count)
+        _copy_to(sums, to + params, dbeta, count)
 
 
 @elementwise
@@ -1696,8 +1809,8 @@ def param_sums(call, first, last):
     _param_sums(_behind(call), first, last)
 
 
-def long_row_params(call, first, last):
-    _long_row_params(_behind(call), first, last)
+def slab_params(call, first, last):
+    _slab_params(_behind(call), first, last)
 
 
 @njit(nogil=True, cache=True)
