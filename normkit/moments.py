@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -196,11 +196,11 @@ class Moments:
         if x.size:
             layout, packed = call.plan.layout, call.pack(call.x, call.plan.native)
             stats = call.backend.moments(packed, layout.axes, eps=0.0, center=True)
-            mean = stats.mean.astype(np.float64)
-            rest = (stats.mean - mean) if stats.residual is None else stats.residual
-            m2 = stats.var.astype(np.float64) * layout.axes.group_size
-            mean, rest, m2 = (layout.unpack_groups(a) for a in (mean, rest, m2))
-            found._sums = (mean, rest), (m2, np.zeros_like(m2))
+            mean = stats.mean.astype(np.float64)  # the reference backend has more
+            rest = stats.mean - mean + (0 if stats.residual is None else stats.residual)
+            m2 = stats.var * layout.axes.group_size
+            mean, rest, m2 = (layout.unpack_groups(a.astype(np.float64)) for a in (mean, rest, m2))
+            found._sums = _plus((mean, rest), 0.0), (m2, np.zeros_like(m2))
             found.count = layout.axes.group_size
         return found
 
@@ -216,7 +216,7 @@ def _pieces(x: Array, reduced: Ints) -> Iterator[Array]:
         yield from _pieces(half, reduced)
 
 
-def _plus(a: Pair, b: Array) -> Pair:
+def _plus(a: Pair, b: Any) -> Pair:
     """a + b with what is rounded off, by Knuth's and Dekker's sums."""
     total = a[0] + b
     part = total - a[0]
