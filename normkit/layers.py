@@ -35,6 +35,10 @@ class Layer:
 
     Parameters
     ----------
+    channels : int or tuple of int
+        Shape of the parameters: what x has at `channel_axis`. Layer and RMS norm call it `shape`.
+    channel_axis : int or tuple of int
+        -1 for channels-last.
     eps : float
         Added to the variance, inside the root.
     affine : bool
@@ -134,13 +138,15 @@ class Layer:
             raise ValueError(
                 f"{self}: the state has the keys {sorted(state)}: expected {sorted(own)}"
             )
-        new = {name: self.xp.asarray(value) for name, value in state.items()}
-        for name, value in new.items():
+        new = {}
+        for name, value in state.items():
+            value = self.xp.asarray(value)
             shape, dtype = np.shape(own[name]), getattr(own[name], "dtype", np.dtype(int))
             if value.shape != shape:
                 raise ValueError(f"{self}: {name} has shape {value.shape}: expected {shape}")
             if not np.can_cast(value.dtype, dtype, "same_kind"):
                 raise TypeError(f"{self}: {name} has dtype {value.dtype}: expected {dtype}")
+            new[name] = value.astype(dtype)
         for name, value in new.items():
             if name == "step":
                 self.step = int(value)
@@ -188,10 +194,12 @@ class Layer:
         vars(self).update(state | {"xp": import_module(state["xp"])})
 
     def __repr__(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.kw_only}
-        changed = {f.name for f in fields(self) if f.kw_only and values[f.name] != f.default}
-        shown = [f"{k}={getattr(v, '__name__', v)}" for k, v in values.items() if k in changed]
-        return f"{type(self).__name__}({', '.join([str(getattr(self, self._size)), *shown])})"
+        shown = [str(getattr(self, self._size))]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.kw_only and value != f.default:
+                shown.append(f"{f.name}={getattr(value, '__name__', value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 @dataclass(eq=False, repr=False)
@@ -221,27 +229,24 @@ class _Rows(Layer):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class BatchNorm(_PerChannel):
-    """Batch normalization as a layer: `normkit.batch_norm`.
+    """`normkit.batch_norm` as a layer.
 
     Parameters
     ----------
-    channels : int or tuple of int
-        Size of the channel axis, or of each of them.
+    channels, channel_axis
+        Tuples for statistics of their own at several axes.
     momentum : float or None
-        Weight of the new value; None averages over all batches since the start, as PyTorch does.
-    channel_axis : int or tuple of int
-        -1 for channels-last.
+        Weight of the new value. None averages all batches since the start, as in PyTorch; their
+        number `step` is then part of the state.
     track_running_stats : bool
-        False keeps no running statistics: x's own serve inference too.
+        False keeps no running statistics, so that x's own serve inference too.
     **options
-        eps, affine, bias, dtype, xp: see `Layer`.
+        Those of `Layer`.
 
     Attributes
     ----------
     running_mean, running_var : array or None
         0 and 1 at first.
-    step : int or None
-        With ``momentum=None``, the number of batches trained on; part of the state.
 
     Examples
     --------
@@ -263,36 +268,32 @@ class BatchNorm(_PerChannel):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class BatchRenorm(_PerChannel):
-    """Batch Renormalization as a layer: `normkit.batch_renorm`.
+    """`normkit.batch_renorm` as a layer.
 
     Parameters
     ----------
-    channels : int or tuple of int
-        Size of the channel axis, or of each of them.
-    momentum : float or None
-        Weight of the new value; None averages over all batches since the start.
+    channels, channel_axis, momentum
+        As of `BatchNorm`.
     r_max, d_max : float
         Bounds of the correction.
     schedule : callable, optional
-        ``r_max, d_max = schedule(step)`` in their stead, such as `normkit.RenormSchedule()`.
-    channel_axis : int or tuple of int
-        -1 for channels-last.
+        Gives ``(r_max, d_max)`` by `step` instead: `normkit.RenormSchedule()`, for one.
     **options
-        eps, affine, bias, dtype, xp: see `Layer`.
+        Those of `Layer`.
 
     Attributes
     ----------
     running_mean, running_std : array
         0 and 1 at first.
     step : int
-        The number of batches trained on; part of the state.
+        The number of batches trained on, part of the state.
 
     Examples
     --------
     >>> import normkit as nk
-    >>> nk.layers.BatchRenorm(64, momentum=0.05, schedule=nk.RenormSchedule())
-    BatchRenorm(64, momentum=0.05, schedule=RenormSchedule(warmup=5000, r_max=3.0, r_steps=40000,
-    d_max=5.0, d_steps=25000))
+    >>> layer = nk.layers.BatchRenorm(64, schedule=nk.RenormSchedule())
+    >>> list(layer.state_dict())
+    ['gamma', 'beta', 'running_mean', 'running_std', 'step']
     """
 
     method = "batch_renorm"
@@ -313,17 +314,17 @@ class BatchRenorm(_PerChannel):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class LayerNorm(_Rows):
-    """Layer normalization as a layer: `normkit.layer_norm`.
+    """`normkit.layer_norm` as a layer.
 
     Parameters
     ----------
     shape : int or tuple of int
-        Sizes of the trailing axes, which are reduced over and have the parameters.
+        Of the trailing axes, which are reduced over and have the parameters.
     channel_axis : int, optional
-        Read per channel, as `normkit.normalize` does: parameters along this axis, of size `shape`;
-        statistics over all axes but 0.
+        With it the norm is read per channel, as by `normkit.normalize`: the parameters have this
+        axis, of size `shape`, and all axes but 0 are reduced over.
     **options
-        eps, affine, bias, dtype, xp: see `Layer`.
+        Those of `Layer`.
 
     Examples
     --------
@@ -337,20 +338,9 @@ class LayerNorm(_Rows):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class InstanceNorm(_PerChannel):
-    """Instance normalization as a layer: `normkit.instance_norm`.
+    """`normkit.instance_norm` as a layer: options as of `BatchNorm`, axes of one int.
 
-    Parameters
-    ----------
-    channels : int
-        Size of the channel axis.
-    momentum : float or None
-        As of `BatchNorm`.
-    channel_axis : int
-        -1 for channels-last.
-    track_running_stats : bool
-        True keeps running statistics, and infers with them; False, as in PyTorch, by default.
-    **options
-        eps, affine, bias, dtype, xp: see `Layer`.
+    As in PyTorch it keeps no running statistics unless ``track_running_stats=True``.
     """
 
     method = "instance"
@@ -362,19 +352,7 @@ class InstanceNorm(_PerChannel):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class GroupNorm(_PerChannel):
-    """Group normalization as a layer: `normkit.group_norm`.
-
-    Parameters
-    ----------
-    channels : int
-        Size of the channel axis.
-    num_groups : int
-        Divides `channels`.
-    channel_axis : int
-        -1 for channels-last.
-    **options
-        eps, affine, bias, dtype, xp: see `Layer`.
-    """
+    """`normkit.group_norm` as a layer: `num_groups` divides `channels`; the rest is `Layer`'s."""
 
     method = "group"
 
@@ -383,17 +361,7 @@ class GroupNorm(_PerChannel):
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class RMSNorm(_Rows):
-    """Root mean square normalization as a layer: `normkit.rms_norm`.
-
-    Parameters
-    ----------
-    shape : int or tuple of int
-        Sizes of the trailing axes, which are reduced over and have the parameters.
-    channel_axis : int, optional
-        As of `LayerNorm`.
-    **options
-        eps, affine, bias (False: as in the paper), dtype, xp: see `Layer`.
-    """
+    """`normkit.rms_norm` as a layer: options as of `LayerNorm`; bias=False is the paper's."""
 
     method = "rms"
 
