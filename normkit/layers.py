@@ -159,8 +159,8 @@ class Layer:
 
     def _options(self) -> dict[str, Any]:
         """The arguments of the next call, but for the axes."""
-        accepted = OPTIONS[self.method]
-        options = {name: value for name, value in vars(self).items() if name in accepted}
+        own = vars(self)
+        options = {name: own[name] for name in OPTIONS[self.method] if name in own}
         if self.running_mean is None:  # then x's own statistics serve inference as well
             options.pop("training", None)
         if options.get("momentum", 0.0) is None:
