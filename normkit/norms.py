@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -481,11 +482,31 @@ METHODS = {
     "group": group_norm,
     "rms": rms_norm,
 }
-_OPTIONS = {
-    method: set(inspect.signature(function).parameters) - {"x", "gamma", "beta", "channel_axis"}
+#: method -> its options, the axes apart
+OPTIONS = {
+    method: set(inspect.signature(function).parameters)
+    - {"x", "gamma", "beta", "channel_axis", "axis", "param_axis"}
     for method, function in METHODS.items()
 }
-_KNOWN = set().union(*_OPTIONS.values()) - {"axis", "param_axis"}
+
+
+def choose(
+    method: str, options: dict[str, Any], known: Mapping[str, set[str]] = OPTIONS
+) -> dict[str, Any]:
+    """Those of `options` that `method` knows; an error for one that no method knows."""
+    if not isinstance(method, str):
+        raise TypeError(f"method={method!r} must be a str: one of {', '.join(known)}")
+    if method not in known:
+        raise ValueError(f"method={method!r} is unknown: expected one of {', '.join(known)}")
+    kept = {name: value for name, value in options.items() if name in known[method]}
+    if len(kept) < len(options):
+        union = set().union(*known.values())
+        if unknown := set(options) - union:
+            raise TypeError(
+                f"unknown option {', '.join(sorted(unknown))}: the methods' options are "
+                f"{', '.join(sorted(union))}"
+            )
+    return kept
 
 
 @norm
@@ -535,16 +556,7 @@ def normalize(
     [[-0.87 -0.7  -0.09  1.66]]
     [[-1.  1. -1.  1.]]
     """
-    if not isinstance(method, str):
-        raise TypeError(f"method={method!r} must be a str: one of {', '.join(METHODS)}")
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown: expected one of {', '.join(METHODS)}")
-    if unknown := set(options) - _KNOWN:
-        raise TypeError(
-            f"unknown option {', '.join(sorted(unknown))}: the methods' options are "
-            f"{', '.join(sorted(_KNOWN))}"
-        )
-    options = {name: value for name, value in options.items() if name in _OPTIONS[method]}
+    options = choose(method, options)
     if method in ("layer", "rms"):
         if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
             raise TypeError(f"channel_axis={channel_axis!r} must be an int")

@@ -195,6 +195,11 @@ def numpy(array: Any) -> np.ndarray:
     return array.get() if hasattr(array, "get") else array
 
 
+def same_bits(a: Any, b: Any) -> bool:
+    a, b = numpy(a), numpy(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
 def finfo(dtype: Any) -> Any:
     return ml_dtypes.finfo(dtype)
 

@@ -8,7 +8,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from cases import CASES, DTYPES, KERNELS, SMALL, SPREAD, Case, finfo, formula, moments, numpy
+from cases import (
+    CASES,
+    DTYPES,
+    KERNELS,
+    SMALL,
+    SPREAD,
+    Case,
+    finfo,
+    formula,
+    moments,
+    numpy,
+    same_bits,
+)
 from cases import renorm_constants as constants_of
 from layouts import ANY_DEVICE, axis_to, layouts, read_only
 
@@ -67,11 +79,6 @@ def mismatch(got: Any, want: Want) -> str:
 
 def mismatches(got: dict[str, Any], want: dict[str, Want]) -> list[str]:
     return [f"{name}: {m}" for name in want if (m := mismatch(got[name], want[name]))]
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    a, b = numpy(a), numpy(b)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def to_device(inputs: dict[str, np.ndarray], xp: Any) -> dict[str, Any]:
