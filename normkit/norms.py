@@ -558,8 +558,8 @@ def normalize(
     """
     options = choose(method, options)
     if method in ("layer", "rms"):
-        if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
-            raise TypeError(f"channel_axis={channel_axis!r} must be an int")
+        if hasattr(x, "shape"):
+            per_sample(x.shape, channel_axis)  # which refuses what is no channel axis
         options |= {"axis": tuple(range(1, getattr(x, "ndim", 2))), "param_axis": channel_axis}
     else:
         options["channel_axis"] = channel_axis

@@ -1100,7 +1100,7 @@ def _column_shift(call, unit, again, mean, shift):
     r1 = call.axes[3]
     _, groups, _, columns, origin = _slab(call.axes, unit)
     if not (is_float64(call.x) and call.center):
-        _fill(shift, 0, groups, 0.0)
+        _fill(shift, 0, SLAB, 0.0)
         return
     if again:
         _copy_from(mean, 0, shift, groups)
@@ -1511,8 +1511,7 @@ def _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide, l
     _expand(wide, groups, alike)
     _spread(high, groups, r1, many)
     _spread(low, groups, r1, many)
-    if wides:
-        _spread(factor, groups, r1, many)
+    _spread(factor, groups, r1, many)
     return wides * alike
 
 
