@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compare", type=Path, help="show what is slower than in OLD.json")
     parser.add_argument("--show", type=Path, help="time nothing: show these results instead")
     parser.add_argument("--list", action="store_true", help="list the rows and the peers")
-    parser.add_argument("--first-use", action="store_true", help="time fresh interpreters")
+    parser.add_argument("--first-use", action="store_true", help="time fresh interpreters only")
     return parser.parse_args()
 
 
@@ -52,40 +52,29 @@ def main() -> int:
         os.environ |= wanted
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])
 
-    from benchmarks import harness, report
+    from benchmarks import first_use, harness, report
     from benchmarks.cases import cases, select
     from benchmarks.peers import PEERS
     from benchmarks.timing import Cpu
 
-    if options.first_use:
-        from benchmarks import first_use
-
-        return first_use.main()
     if options.show:
-        results = report.read(options.show)
-    else:
-        names = [peer.name for peer in PEERS if not (options.quick and peer.name in SLOW)]
-        if options.peers is not None:
-            names = [word.strip() for word in options.peers.split(",")]
-        makers, versions, absent = harness.peers("cpu", names)
-        table = select(cases("cpu"), options.filter, options.quick)
-        if options.list:
-            print(*(case.name for case in table), "", sep="\n")
-            print(*(f"{who}: {version}" for who, version in versions.items()), *absent, sep="\n")
-            return 0
-        device = Cpu()
-        results = harness.begin(device, versions, absent)
+        return harness.conclude(report.read(options.show), options.out, options.compare)
+    names = [peer.name for peer in PEERS if not (options.quick and peer.name in SLOW)]
+    if options.peers is not None:
+        names = [word.strip() for word in options.peers.split(",")]
+    makers, versions, absent = harness.peers("cpu", names)
+    table = select(cases("cpu"), options.filter, options.quick)
+    if options.list:
+        print(*(case.name for case in table), "", sep="\n")
+        print(*(f"{who}: {version}" for who, version in versions.items()), *absent, sep="\n")
+        return 0
+    results = harness.begin(Cpu(), versions, absent)
+    if options.first_use or not (options.quick or options.filter):
+        results["first use"] = first_use.measure()
+    if not options.first_use:
         rounds = options.rounds or (3 if options.quick else 7)
-        json = options.out and Path(f"{options.out}.json")
-        harness.run(table, device, makers, rounds, results, json)
-    report.show(results)
-    if options.compare:
-        report.console().print(report.comparison(report.read(options.compare), results))
-    if options.out:
-        from benchmarks import plots
-
-        print(*plots.draw([results], options.out), sep="\n")
-    return 0
+        harness.run(table, Cpu(), makers, rounds, results, options.out)
+    return harness.conclude(results, options.out, options.compare)
 
 
 if __name__ == "__main__":

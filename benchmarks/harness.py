@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Collection
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import report
 from benchmarks.cases import Case
 from benchmarks.peers import PEERS, Make
-from benchmarks.report import Results, console, write
+from benchmarks.report import Results
 from benchmarks.timing import Device, time_row
 
 #: bytes an element that a check needs at most: the reference's, in the widest type
@@ -39,8 +42,10 @@ def begin(device: Device, versions: dict[str, str], skipped: list[str]) -> Resul
     return {
         "device": device.name,
         "machine": device.machine() | {"python": platform.python_version()},
+        "when": datetime.now(UTC).isoformat(timespec="minutes"),
         "versions": {"normkit": f"with {ours}"} | versions,
         "skipped": skipped,
+        "failed": [],
         "rows": [],
     }
 
@@ -51,37 +56,54 @@ def run(
     makers: dict[str, Make],
     rounds: int,
     results: Results,
-    out: Path | None = None,
+    prefix: Path | None = None,
     time_is_up: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Time every case into `results` (a row of an earlier pass is replaced), saved to `out`."""
+    """Time every case into `results` (a row of an earlier pass is replaced), saved to a prefix."""
     at = {row["case"]: i for i, row in enumerate(results["rows"])}
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console(),
-        transient=True,
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    progress = Progress(*columns, TimeRemainingColumn(), console=report.console(), transient=True)
     with progress:
         task = progress.add_task("", total=len(table))
         for done, case in enumerate(table):
             if time_is_up():
-                left = len(table) - done
-                results["skipped"].append(f"{left} rows from {case.name} on: no time left")
+                who = ", ".join(makers)
+                rest = f"{len(table) - done} rows from {case.name} on, beside {who}"
+                results["skipped"].append(f"{rest}: no time left")
                 break
             progress.update(task, description=case.name, completed=done)
             if reason := _too_large(case, device):
                 results["skipped"].append(f"{case.name}: {reason}")
                 continue
-            row = time_row(case, device, makers, rounds)
+            try:
+                row = time_row(case, device, makers, rounds)
+            except Exception as error:  # the next row may do better; this one is reported
+                results["failed"].append(f"{case.name}: {type(error).__name__}: {error}")
+                continue
+            finally:
+                device.release()
             if case.name in at:
                 results["rows"][at[case.name]] = row
             else:
                 results["rows"].append(row)
-            if out:
-                write(out, results)
+            if not progress.console.is_terminal:
+                print(f"{done + 1}/{len(table)} {report.line(row)}", file=sys.stderr, flush=True)
+            if prefix:
+                report.write(Path(f"{prefix}.json"), results)
+
+
+def conclude(results: Results, prefix: Path | None, compare: Path | None = None) -> int:
+    """Show and write everything; the exit status."""
+    report.show(results)
+    if compare:
+        report.console().print(report.comparison(report.read(compare), results))
+    if prefix:
+        from benchmarks import plots
+
+        report.write(Path(f"{prefix}.json"), results)
+        Path(f"{prefix}.md").write_text(report.markdown(results))
+        print(*plots.draw([results], prefix), sep="\n")
+    return int(bool(results["failed"]))
 
 
 def _too_large(case: Case, device: Device) -> str:

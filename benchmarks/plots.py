@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.cases import DIRECTIONS, NORMS
-from benchmarks.report import Results, ceiling, gigabytes, peers, read, speedup
+from benchmarks.report import Results, ceiling, gigabytes, hardware, peers, read, speedup
 from benchmarks.timing import OURS, Row
 
 #: colours that the colour-blind can tell apart
@@ -99,7 +99,8 @@ def by_size(runs: list[Results]) -> Figure:
         panel.set(xscale="log", yscale="log")
         panel.yaxis.set_major_formatter(PLAIN)
         panel.yaxis.set_minor_formatter(NullFormatter())
-    figure.supxlabel("elements", fontsize="medium")
+    for panel in figure.axes[3:]:
+        panel.set_xlabel("elements")
     figure.supylabel("GB/s, on the bytes that must move", fontsize="medium")
     figure.suptitle(f"normkit, float32: {_machines(runs)}", fontsize="medium", x=0.02, ha="left")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -129,8 +130,8 @@ def by_peer(run: Results) -> Figure:
             axes.plot(ratios, heights, ".", ms=4, color=colour, alpha=0.4, mew=0)
             mean = geometric_mean(ratios)
             axes.plot([mean] * 2, [y - 0.13, y + 0.13], color=colour, lw=3)
-            label = f"{mean:.1f}×"
-            axes.annotate(label, (1.005, y), xycoords=("axes fraction", "data"), color=colour, va="center")
+            at = {"xy": (1.005, y), "xycoords": ("axes fraction", "data"), "va": "center"}
+            axes.annotate(f"{mean:.2f}", **at, color=colour)
     axes.axvline(1, color="black", lw=1)
     axes.set(xscale="log", ylim=(len(names) - 0.5, -0.5))
     axes.set_yticks(range(len(names)), names)
@@ -146,11 +147,7 @@ def by_peer(run: Results) -> Figure:
 
 
 def _machines(runs: list[Results]) -> str:
-    found = []
-    for machine in (run["machine"] for run in runs):
-        threads = f", {machine['threads']} threads" if "threads" in machine else ""
-        found.append(f"{machine['hardware']}{threads}")
-    return "; ".join(found)
+    return "; ".join(map(hardware, runs))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -64,13 +65,27 @@ def gigabytes(row: Row, us: float) -> float:
     return float(row["bytes"] / us / 1e3)
 
 
+def line(row: Row) -> str:
+    """A row in short."""
+    us = row["us"][OURS]
+    best = speedup(row, "best")
+    beside = f", best peer {best:.2f} times that" if best else ""
+    return f"{row['case']}: {us:.1f} µs, {100 * ceiling(row) / us:.0f} % of a copy{beside}"
+
+
+def hardware(results: Results) -> str:
+    """What the figures were measured on."""
+    machine = results["machine"]
+    threads = f", {machine['threads']} threads" if "threads" in machine else ""
+    return f"{machine['hardware']}{threads}"
+
+
 def table(results: Results) -> Table:
     """Every row: how fast, how close to a copy, how many times as fast as each peer, how exact."""
-    machine, rows = results["machine"], results["rows"]
+    rows = results["rows"]
     who = peers(rows)
-    threads = f", {machine['threads']} threads" if "threads" in machine else ""
     found = Table(
-        title=f"{machine['hardware']}{threads}, allocator {machine.get('allocator', 'its own')}",
+        title=f"{hardware(results)}, allocator: {results['machine']['allocator']}",
         caption="peers: their time over normkit's (▼: normkit is slower), and their error; "
         "errors are the largest over the largest value, against float64",
         box=rich.box.SIMPLE_HEAD,
@@ -187,6 +202,29 @@ def absences(results: Results) -> list[str]:
     return [*results["skipped"], *lines]
 
 
+def markdown(results: Results) -> str:
+    """The summary and the table, for a file."""
+    page = io.StringIO()
+    out = Console(file=page, width=400)
+    for made in (summary(results), table(results)):
+        title, made.title, made.caption, made.box = made.title, None, None, rich.box.MARKDOWN
+        page.write(f"{title}\n")
+        out.print(made)
+        page.write("\n")
+    lines = [*(f"{who}: {what}" for who, what in results["versions"].items())]
+    lines += [*first_use(results), *results.get("checks", [])]
+    lines += [f"failed: {what}" for what in results["failed"]]
+    lines += [f"not timed: {what}" for what in absences(results)]
+    found = [*page.getvalue().splitlines(), *(f"- {text}" for text in lines)]
+    return "".join(f"{text.rstrip()}\n" for text in found)
+
+
+def first_use(results: Results) -> list[str]:
+    """Seconds of fresh interpreters."""
+    found = results.get("first use", {})
+    return [f"{seconds:.2f} s from the start of: {name}" for name, seconds in found.items()]
+
+
 def show(results: Results) -> None:
     """Print everything."""
     out = console()
@@ -196,5 +234,10 @@ def show(results: Results) -> None:
         out.print(f"{who}: {version}", highlight=False)
     if lost := worst(results):
         out.print("slowest beside the best peer:", *lost, sep="\n  ", highlight=False)
-    if lines := absences(results):
-        out.print("not timed:", *lines, sep="\n  ", highlight=False, markup=False)
+    for title, lines in (
+        ("first use", first_use(results)),
+        ("not timed", absences(results)),
+        ("FAILED", results["failed"]),
+    ):
+        if lines:
+            out.print(f"{title}:", *lines, sep="\n  ", highlight=False, markup=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Array, Case
@@ -31,7 +30,7 @@ class Peer:
 
     name: str
     make: str  #: module and function in this package
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  #: whose versions matter
     devices: tuple[str, ...]
 
     def load(self) -> Make:
@@ -42,12 +41,12 @@ class Peer:
 
     @property
     def version(self) -> str:
-        return ", ".join(f"{package} {version(package)}" for package in self.packages)
+        return ", ".join(f"{name} {import_module(name).__version__}" for name in self.packages)
 
 
 PEERS = (
     Peer("NumPy", "expression.contestant", ("numpy",), ("cpu",)),
-    Peer("CuPy", "expression.contestant", (), ("gpu",)),  # which the hardware's line names
+    Peer("CuPy", "expression.contestant", ("cupy",), ("gpu",)),
     Peer("PyTorch", "pytorch.eager", ("torch",), ("cpu", "gpu")),
     Peer("torch.compile", "pytorch.compiled", ("torch",), ("cpu", "gpu")),
     Peer("JAX", "jax.contestant", ("jax", "jaxlib"), ("cpu",)),  # its streams hide from CUDA events

@@ -71,9 +71,7 @@ def forward(
     if case.norm == "batch_renorm":
         r = constant(xp.clip(std / old[1], 1 / 3, 3))
         d = constant(xp.clip((mean - old[0]) / old[1], -5, 5))
-        after = tuple(
-            (a + 0.01 * (b - a)).ravel() for a, b in zip(old, (mean, std), strict=True)
-        )
+        after = tuple((a + 0.01 * (b - a)).ravel() for a, b in zip(old, (mean, std), strict=True))
     shifted = xhat * r + d if case.norm == "batch_renorm" else xhat
     y = shifted * gamma + beta
     return y.astype(case.dtype), after, (xhat, rstd, r, d)

@@ -17,7 +17,7 @@ EPS = 1e-5
 
 
 def _norm(case: Case) -> Callable[..., Tensor]:
-    """y of (x, gamma, beta, mean, spread), the last two updated in place."""
+    """y of (x, gamma, beta, mean, spread); renorm's training gives the new mean and spread too."""
 
     def over_channels(x: Tensor, gamma: Tensor, beta: Tensor, *_: Any) -> Tensor:
         x = x.movedim(1, -1)
@@ -27,7 +27,7 @@ def _norm(case: Case) -> Callable[..., Tensor]:
             y = functional.rms_norm(x, (case.channels,), gamma, EPS) + beta
         return y.movedim(-1, 1)
 
-    def renorm(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    def renorm(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, spread: Tensor) -> Any:
         axes, by_channel = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
         wide = x.to(mean.dtype)
         if not case.training:
@@ -38,10 +38,10 @@ def _norm(case: Case) -> Callable[..., Tensor]:
         with torch.no_grad():
             r = (sigma / spread).clamp(1 / 3, 3)
             d = ((centre - mean) / spread).clamp(-5, 5)
-            mean.lerp_(centre, 0.01)
-            spread.lerp_(sigma, 0.01)
+            # not in place: a compiled backward pass computes r and d again
+            after = mean.lerp(centre, 0.01), spread.lerp(sigma, 0.01)
         xhat = (wide - centre.view(by_channel)) * (r / sigma).view(by_channel) + d.view(by_channel)
-        return (xhat * gamma.view(by_channel) + beta.view(by_channel)).to(x.dtype)
+        return (xhat * gamma.view(by_channel) + beta.view(by_channel)).to(x.dtype), *after
 
     def native(x: Tensor, gamma: Tensor, beta: Tensor, *running: Tensor) -> Tensor:
         if case.norm == "batch_norm":
@@ -78,7 +78,10 @@ def _contestant(
         return tuple(from_dlpack(part.detach().double()) for part in parts)
 
     def run() -> Tensor:
-        return norm(*leaves, *running)
+        if case.norm != "batch_renorm" or not case.training:
+            return norm(*leaves, *running)
+        y, *running[:] = norm(*leaves, *running)
+        return y
 
     if not case.training:
         return Contestant(torch.no_grad()(run), arrays)
