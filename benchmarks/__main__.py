@@ -34,7 +34,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--show", type=Path, help="time nothing: show these results instead")
     parser.add_argument("--list", action="store_true", help="list the rows and the peers")
     parser.add_argument("--first-use", action="store_true", help="time fresh interpreters only")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: a spread takes at least 2")
+    return options
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
@@ -68,12 +71,13 @@ def main() -> int:
         print(*(case.name for case in table), "", sep="\n")
         print(*(f"{who}: {version}" for who, version in versions.items()), *absent, sep="\n")
         return 0
-    results = harness.begin(Cpu(), versions, absent)
+    device = Cpu()
+    results = harness.begin(device, versions, absent)
     if options.first_use or not (options.quick or options.filter):
         results["first use"] = first_use.measure()
     if not options.first_use:
         rounds = options.rounds or (3 if options.quick else 7)
-        harness.run(table, Cpu(), makers, rounds, results, options.out)
+        harness.run(table, device, makers, rounds, results, options.out)
     return harness.conclude(results, options.out, options.compare)
 
 

@@ -90,6 +90,8 @@ def run(
                 print(f"{done + 1}/{len(table)} {report.line(row)}", file=sys.stderr, flush=True)
             if prefix:
                 report.write(Path(f"{prefix}.json"), results)
+    if prefix:
+        report.write(Path(f"{prefix}.json"), results)
 
 
 def conclude(results: Results, prefix: Path | None, compare: Path | None = None) -> int:
@@ -100,7 +102,6 @@ def conclude(results: Results, prefix: Path | None, compare: Path | None = None)
     if prefix:
         from benchmarks import plots
 
-        report.write(Path(f"{prefix}.json"), results)
         Path(f"{prefix}.md").write_text(report.markdown(results))
         print(*plots.draw([results], prefix), sep="\n")
     return int(bool(results["failed"]))

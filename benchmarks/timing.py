@@ -9,10 +9,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -47,6 +47,23 @@ class Device(Protocol):
         """What the figures depend on."""
 
 
+@cache
+def _shared_copy() -> Callable[[Array, Array], None]:
+    """Copy by all of Numba's threads."""
+    import numba
+
+    tasks = numba.get_num_threads()
+
+    @numba.njit(parallel=True)
+    def copy(target: Array, source: Array) -> None:
+        n = source.size
+        for i in numba.prange(tasks):
+            low, high = n * i // tasks, n * (i + 1) // tasks
+            target[low:high] = source[low:high]
+
+    return copy
+
+
 class Cpu:
     """This machine's processor, on as many threads as OMP_NUM_THREADS says, for everyone."""
 
@@ -73,27 +90,12 @@ class Cpu:
         gc.enable()
         return taken / loops * 1e6
 
-    @cached_property
-    def _shared_copy(self) -> Callable[[Array, Array], None]:
-        import numba
-
-        tasks = numba.get_num_threads()
-
-        @numba.njit(parallel=True)
-        def copy(target: Array, source: Array) -> None:
-            n = source.size
-            for i in numba.prange(tasks):
-                low, high = n * i // tasks, n * (i + 1) // tasks
-                target[low:high] = source[low:high]
-
-        return copy
-
     def copies(self, size: int) -> dict[str, Run]:
         source = np.zeros(size // 2, np.uint8)
-        target = np.ones_like(source)
+        target, copy = np.ones_like(source), _shared_copy()
         return {
             "copy, 1 thread": lambda: np.copyto(target, source),
-            "copy": lambda: self._shared_copy(target, source),
+            "copy": lambda: copy(target, source),
         }
 
     def release(self) -> None:
@@ -112,47 +114,56 @@ class Cpu:
         }
 
 
-def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) -> Row:
-    """Microseconds, spread and error of all who can do the case; why the others cannot."""
-    given = inputs(case, device.xp)
+class Checked(NamedTuple):
+    """Who can do a case, each with its error, and why the others cannot."""
+
+    runs: dict[str, Run]
+    errors: dict[str, float]
+    absent: dict[str, str]
+
+
+def check(case: Case, given: dict[str, Array], peers: dict[str, Make]) -> Checked:
+    """The first call of normkit and its peers, whose results are held against the reference's."""
     exact = reference(case, given)
-    makers = {OURS: _normkit}
+    ours: dict[str, Make] = {OURS: _normkit}
     if case.direction != "backward":  # which has no out=
-        makers[OUT] = _normkit_out
-    errors: dict[str, float] = {}
-    absent: dict[str, str] = {}
-    runs: dict[str, Run] = {}
-    for who, make in (makers | peers).items():
+        ours[OUT] = _normkit_out
+    found = Checked({}, {}, {})
+    for who, make in (ours | peers).items():
         try:
             contestant = make(case, given)
             error = _error(contestant, exact)
         except Unsupported as reason:
-            absent[who] = str(reason)
+            found.absent[who] = str(reason)
         except Exception as failure:  # a peer's, reported; the next one may do better
-            if who in makers:
+            if who in ours:
                 raise
-            absent[who] = f"{type(failure).__name__}: {failure}".strip().splitlines()[0][:200]
+            found.absent[who] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
         else:
-            errors[who] = error
+            found.errors[who] = float(f"{error:.2g}")
             if error < TOLERANCE[case.dtype]:
-                runs[who] = contestant.run
+                found.runs[who] = contestant.run
             else:
-                absent[who] = f"wrong by {error:.1e}"
-    if OURS not in runs:
-        raise AssertionError(f"{case.name}: normkit is {absent[OURS]}")
-    del exact
-    times = in_turns(runs | device.copies(case.bytes), device, rounds)
-    medians = {who: statistics.median(samples) for who, samples in times.items()}
+                found.absent[who] = f"wrong by {error:.1e}"
+    if wrong := set(ours) - set(found.runs):
+        raise AssertionError(f"{wrong} is {found.absent}")
+    return found
+
+
+def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) -> Row:
+    """Microseconds, spread and error of all who can do the case."""
+    checked = check(case, inputs(case, device.xp), peers)
+    times = in_turns(checked.runs | device.copies(case.bytes), device, rounds)
     return {
         "case": case.name,
         "where": case.where,
         **{key: getattr(case, key) for key in ("norm", "direction", "dtype", "layout", "shape")},
         "elements": case.elements,
         "bytes": case.bytes,
-        "us": {who: round(us, 3) for who, us in medians.items()},
+        "us": {who: round(statistics.median(samples), 3) for who, samples in times.items()},
         "spread": {who: round(spread(samples), 4) for who, samples in times.items()},
-        "error": {who: float(f"{error:.2g}") for who, error in errors.items()},
-        "absent": absent,
+        "error": checked.errors,
+        "absent": checked.absent,
     }
 
 
