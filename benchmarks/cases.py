@@ -86,8 +86,8 @@ SHAPES = (
     Shape("gpu odd", (65536, 1023), ROWS[:1], MODELS),
     Shape("gpu ResNet conv2 size", (256, 64, 56, 56), BATCH, MODELS),
     Shape("gpu ResNet odd", (2048, 512, 7, 7), BATCH[:1], MODELS),
-    Shape("gpu style transfer", (64, 64, 112, 112), ("instance_norm",), MODELS, ("NCHW",)),
-    Shape("gpu U-Net", (64, 256, 56, 56), ("group_norm",), MODELS, groups=32),
+    Shape("gpu style transfer size", (64, 64, 112, 112), ("instance_norm",), MODELS, ("NCHW",)),
+    Shape("gpu U-Net size", (64, 256, 56, 56), ("group_norm",), MODELS, groups=32),
 )
 
 

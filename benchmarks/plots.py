@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.cases import DIRECTIONS, NORMS
 from benchmarks.report import Results, ceiling, gigabytes, hardware, peers, read, speedup
@@ -35,6 +35,7 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
 }
 WIDTH, DPI = 8.6, 150
+LEAST = 10_000  #: elements of rows that are compared; below, a call's own cost is most of it
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
@@ -75,37 +76,47 @@ def by_size(runs: list[Results]) -> Figure:
     figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True).flat
     for panel, norm in zip(panels, NORMS, strict=True):
-        panel.set_title(norm, loc="left")
         for run in runs:
-            mark = MARKS[run["device"]]
-            suffix = f", {run['device'].upper()}" if len(runs) > 1 else ""
-            for direction in DIRECTIONS:
-                rows = _curve(run["rows"], norm, direction)
-                sizes = [row["elements"] for row in rows]
-                if direction == "forward":
-                    copies = [gigabytes(row, ceiling(row)) for row in rows]
-                    panel.plot(sizes, copies, "--", color=COPY, label=f"copy{suffix}")
-                    timed = [row for row in rows if "PyTorch" in row["us"]]
-                    panel.plot(
-                        [row["elements"] for row in timed],
-                        [gigabytes(row, row["us"]["PyTorch"]) for row in timed],
-                        color=PEER,
-                        label=f"PyTorch forward{suffix}",
-                    )
-                ours = [gigabytes(row, row["us"][OURS]) for row in rows]
-                colour = COLOURS[direction]
-                label = f"{direction}{suffix}"
-                panel.plot(sizes, ours, color=colour, marker=mark, ms=3.5, label=label)
+            _curves(panel, run, norm)
+        panel.set_title(norm, loc="left")
         panel.set(xscale="log", yscale="log")
         panel.yaxis.set_major_formatter(PLAIN)
-        panel.yaxis.set_minor_formatter(NullFormatter())
     for panel in figure.axes[3:]:
         panel.set_xlabel("elements")
     figure.supylabel("GB/s, on the bytes that must move", fontsize="medium")
-    figure.suptitle(f"normkit, float32: {_machines(runs)}", fontsize="medium", x=0.02, ha="left")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    machines = "; ".join(map(hardware, runs))
+    figure.suptitle(f"normkit, float32: {machines}", fontsize="medium", x=0.02, ha="left")
+    first = figure.axes[0]
+    if len(runs) > 1:
+        for run in runs:
+            mark, device = MARKS[run["device"]], run["device"].upper()
+            first.plot([], [], color=PEER, ls="", marker=mark, ms=4, label=device)
+    handles = dict(zip(*reversed(first.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=7)
     return figure
+
+
+def _curves(panel: Any, run: Results, norm: str) -> None:
+    rows = _curve(run["rows"], norm, "forward")
+    copies = [(row["elements"], gigabytes(row, ceiling(row))) for row in rows]
+    best = [
+        (row["elements"], gigabytes(row, row["us"][OURS] * ratio))
+        for row in rows
+        if (ratio := speedup(row, "best"))
+    ]
+    panel.plot(*_xy(copies), "--", color=COPY, label="copy")
+    panel.plot(*_xy(best), color=PEER, label="best peer, forward")
+    for direction, colour in COLOURS.items():
+        ours = [
+            (row["elements"], gigabytes(row, row["us"][OURS]))
+            for row in _curve(run["rows"], norm, direction)
+        ]
+        mark = MARKS[run["device"]]
+        panel.plot(*_xy(ours), color=colour, marker=mark, ms=3.5, label=direction)
+
+
+def _xy(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def by_peer(run: Results) -> Figure:
@@ -119,7 +130,7 @@ def by_peer(run: Results) -> Figure:
                 ratio
                 for row in run["rows"]
                 if row["direction"] == direction
-                and "tiny" not in row["where"]
+                and row["elements"] >= LEAST
                 and (ratio := speedup(row, who)) is not None
             ]
             if not ratios:
@@ -136,18 +147,15 @@ def by_peer(run: Results) -> Figure:
     axes.set(xscale="log", ylim=(len(names) - 0.5, -0.5))
     axes.set_yticks(range(len(names)), names)
     axes.xaxis.set_major_formatter(PLAIN)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("time of the peer over normkit's (left of the line normkit is slower)")
-    title = f"a dot a row, a bar at the geometric mean: {_machines([run])}"
+    title = f"a dot a row of 10⁴ elements or more, a bar at their geometric mean: {hardware(run)}"
     figure.suptitle(title, fontsize="medium", x=0.02, ha="left")
     handles = [axes.plot([], [], color=COLOURS[d], lw=3)[0] for d in DIRECTIONS]
     figure.legend(handles, DIRECTIONS, loc="outside lower center", ncols=3)
     return figure
-
-
-def _machines(runs: list[Results]) -> str:
-    return "; ".join(map(hardware, runs))
 
 
 def main() -> None:
