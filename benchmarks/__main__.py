@@ -10,11 +10,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 #: what --quick leaves out: it compiles for seconds a row
 SLOW = ("torch.compile",)
+
+
+def processors() -> int:
+    """How many this process may use; macOS cannot tell."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def arguments() -> argparse.Namespace:
@@ -27,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rows and rounds: a minute")
     parser.add_argument("--rounds", type=int, help="of everyone in turns (7; quick: 3)")
     parser.add_argument("--peers", help="only these, comma-separated; an empty word for none")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=processors(), help="of everyone (all)")
     parser.add_argument("--allocator", choices=("tuned", "default"), default="tuned")
     parser.add_argument("--out", type=Path, help="write PREFIX.json and plots", metavar="PREFIX")
     parser.add_argument("--compare", type=Path, help="show what is slower than in OLD.json")
@@ -44,12 +51,14 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
     """What libraries read when they start, so that nobody has more threads than another."""
     names = "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "NPROC"  # the last is XLA's
     found = dict.fromkeys(names, str(options.threads)) | {"JAX_PLATFORMS": "cpu"}
-    return found | ({"GLIBC_TUNABLES": TUNABLES} if options.allocator == "tuned" else {})
+    return found | {"GLIBC_TUNABLES": TUNABLES if options.allocator == "tuned" else ""}
 
 
 def main() -> int:
     """Run the table and print it."""
     options = arguments()
+    if find_spec("rich") is None:
+        raise SystemExit('benchmarks need rich: pip install rich, or ".[bench]" for the peers too')
     wanted = environment(options)
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.environ |= wanted

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -100,10 +101,13 @@ def conclude(results: Results, prefix: Path | None, compare: Path | None = None)
     if compare:
         report.console().print(report.comparison(report.read(compare), results))
     if prefix:
-        from benchmarks import plots
-
         Path(f"{prefix}.md").write_text(report.markdown(results))
-        print(*plots.draw([results], prefix), sep="\n")
+        if find_spec("matplotlib"):
+            from benchmarks import plots
+
+            print(*plots.draw([results], prefix), sep="\n")
+        else:
+            print("no matplotlib: no pictures")
     return int(bool(results["failed"]))
 
 

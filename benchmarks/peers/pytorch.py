@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,41 +16,44 @@ Tensor = torch.Tensor
 EPS = 1e-5
 
 
-def _norm(case: Case) -> Callable[..., Tensor]:
+def _norm(case: Case) -> Callable[..., Any]:
     """y of (x, gamma, beta, mean, spread); renorm's training gives the new mean and spread too."""
+    shape, groups, train = (case.channels,), case.groups, case.training
+    if case.norm == "batch_renorm":
+        return _renorm if train else _frozen_renorm
+    norms: dict[str, Callable[..., Tensor]] = {
+        "batch_norm": lambda x, g, b, *running: functional.batch_norm(x, *running, g, b, train),
+        "layer_norm": lambda x, g, b: functional.layer_norm(x, shape, g, b),
+        "rms_norm": lambda x, g, b: functional.rms_norm(x, shape, g, EPS) + b,
+        "instance_norm": lambda x, g, b: functional.instance_norm(x, weight=g, bias=b),
+        "group_norm": lambda x, g, b: functional.group_norm(x, groups, g, b),
+    }
+    norm = norms[case.norm]
+    if case.norm in ROWS and len(case.shape) > 2:
+        return lambda x, g, b: norm(x.movedim(1, -1), g, b).movedim(-1, 1)
+    return norm
 
-    def over_channels(x: Tensor, gamma: Tensor, beta: Tensor, *_: Any) -> Tensor:
-        x = x.movedim(1, -1)
-        if case.norm == "layer_norm":
-            y = functional.layer_norm(x, (case.channels,), gamma, beta)
-        else:
-            y = functional.rms_norm(x, (case.channels,), gamma, EPS) + beta
-        return y.movedim(-1, 1)
 
-    def renorm(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, spread: Tensor) -> Any:
-        axes, by_channel = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
-        wide = x.to(mean.dtype)
-        if not case.training:
-            y = (wide - mean.view(by_channel)) * (gamma / spread).view(by_channel)
-            return (y + beta.view(by_channel)).to(x.dtype)
-        var, centre = torch.var_mean(wide, axes, correction=0)
-        sigma = (var + EPS).sqrt()
-        with torch.no_grad():
-            r = (sigma / spread).clamp(1 / 3, 3)
-            d = ((centre - mean) / spread).clamp(-5, 5)
-            # not in place: a compiled backward pass computes r and d again
-            after = mean.lerp(centre, 0.01), spread.lerp(sigma, 0.01)
-        xhat = (wide - centre.view(by_channel)) * (r / sigma).view(by_channel) + d.view(by_channel)
-        return (xhat * gamma.view(by_channel) + beta.view(by_channel)).to(x.dtype), *after
+def _by_channel(x: Tensor, *values: Tensor) -> Iterator[Tensor]:
+    return (value.view(1, -1, *[1] * (x.ndim - 2)) for value in values)
 
-    def native(x: Tensor, gamma: Tensor, beta: Tensor, *running: Tensor) -> Tensor:
-        if case.norm == "batch_norm":
-            return functional.batch_norm(x, *running, gamma, beta, case.training)
-        if case.norm == "instance_norm":
-            return functional.instance_norm(x, weight=gamma, bias=beta)
-        return functional.group_norm(x, case.groups, gamma, beta)
 
-    return over_channels if case.norm in ROWS else renorm if "renorm" in case.norm else native
+def _renorm(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, spread: Tensor) -> Any:
+    wide = x.to(mean.dtype)
+    var, centre = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+    sigma = (var + EPS).sqrt()
+    with torch.no_grad():
+        r = (sigma / spread).clamp(1 / 3, 3)
+        d = ((centre - mean) / spread).clamp(-5, 5)
+        # not in place: a compiled backward pass computes r and d again
+        after = mean.lerp(centre, 0.01), spread.lerp(sigma, 0.01)
+    centre, scale, d, gamma, beta = _by_channel(x, centre, r / sigma, d, gamma, beta)
+    return (((wide - centre) * scale + d) * gamma + beta).to(x.dtype), *after
+
+
+def _frozen_renorm(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    mean, scale, beta = _by_channel(x, mean, gamma / spread, beta)
+    return ((x.to(mean.dtype) - mean) * scale + beta).to(x.dtype)
 
 
 def _tensor(array: Array) -> Tensor:
@@ -78,11 +81,14 @@ def _contestant(
         return tuple(from_dlpack(part.detach().double()) for part in parts)
 
     def run() -> Tensor:
-        if case.norm != "batch_renorm" or not case.training:
-            return norm(*leaves, *running)
+        return norm(*leaves, *running)
+
+    def run_renorm() -> Tensor:
         y, *running[:] = norm(*leaves, *running)
         return y
 
+    if case.norm == "batch_renorm" and case.training:
+        run = run_renorm
     if not case.training:
         return Contestant(torch.no_grad()(run), arrays)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
