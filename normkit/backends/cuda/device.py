@@ -34,9 +34,15 @@ def _limits(device: int) -> Limits:
 class CuPyDevice:
     """Whatever device is CuPy's current one. Nothing waits for the GPU."""
 
-    null = _value(np.zeros((), np.uint64)[()])
+    null = _value(np.zeros(1, np.uint64))
     empty = cupy.ndarray  # what cupy.empty calls
     current = staticmethod(_current)
+
+    def __init__(self) -> None:
+        try:
+            cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise ImportError(f"no usable GPU or driver: {error}") from error
 
     @property
     def limits(self) -> Limits:

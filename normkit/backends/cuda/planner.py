@@ -37,7 +37,7 @@ PART = 64 << 10  #: bytes of a part of a larger one
 APPLY_PART = 16 << 10  #: the same where nothing is summed
 MANY = 64  #: partial sums of a group that are more than a warp should merge
 RUN_SLOTS = 16  #: vectors of a thread that walks over runs, at most
-KEEP_PARAMS = 2  #: vectors of a row whose parameters' sums a thread keeps in registers
+KEEP_PARAMS = {8: 2, 4: 4, 2: 4}  #: vectors whose parameters' sums a thread keeps, by length
 
 #: Of the compiler; CuPy adds the architecture and -ftz=true. Only what is written as fma is fused.
 OPTIONS = "-std=c++17", "-fmad=false"
@@ -318,8 +318,10 @@ def crossed(axes: Axes) -> Axes:
 def with_params(t: Tile) -> Tile | None:
     """The tile, changed so that a team can keep the sums of its rows' parameters in registers."""
     g = t.geometry
-    per, few = g.per, KEEP_PARAMS
-    if t.mode != ALONG or g.r0 != 1 or g.params != g.r1 or g.parts > 1 or per > 512 * few:
+    if t.mode != ALONG or g.r0 != 1 or g.params != g.r1 or g.parts > 1:
+        return None
+    per, few = g.per, KEEP_PARAMS[t.n]
+    if per > 512 * few:
         return None
     wide = per > 32 * few
     lanes = max(64, _up(_up(per, few), 32) * 32) if wide else _power(_up(per, few))
@@ -698,7 +700,7 @@ def affine(count: int, gamma: str | None, beta: str | None, dtype: str) -> Progr
 def _keep(kernel: str, stage: int, t: Tile | Shape) -> int:
     """How many vectors a thread keeps in registers, or pairs of them; more would spill."""
     if stage & PARAMS:
-        return KEEP_PARAMS
+        return KEEP_PARAMS[t.n]
     if stage & BOTH != BOTH:
         return 0
     if kernel == "forward":
