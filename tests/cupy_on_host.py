@@ -54,7 +54,9 @@ class Machine:
     def function(self, kernel: str, shared: int, device: int) -> Callable[..., None]:
         def run(grid: Any, block: Any, args: tuple[Any, ...], shared: int) -> None:
             assert device == self.current
-            on_host = [self.host_view(a) if isinstance(a, cupy.ndarray) else a for a in args]
+            *arrays, values = args
+            on_host = [None if a is None else self.host_view(a) for a in arrays]
+            on_host.append(values[()])
             self.launched.append((self.current, kernel))
             source = planner.source()
             self.host.launch(Launch(source, kernel, grid, block, shared, False, tuple(on_host)))
@@ -73,15 +75,19 @@ class Machine:
 def cupy_on_host(**options: Any) -> Iterator[Machine]:
     """A machine that CuPy arrays live on and normkit serves."""
     machine = Machine(HostDevice(**options))
+
+    def current() -> int:
+        return machine.current
+
     with (
-        mock.patch.object(cuda_device, "_current", lambda: machine.current),
-        mock.patch.object(cuda_device, "_value", lambda a: a),
-        mock.patch.object(cuda_device, "_limits", lambda device: planner.Limits(sms=2)),
+        mock.patch.object(cuda_device, "_current", current),
+        mock.patch.object(cuda_device, "_value", np.asarray),
+        mock.patch.object(cuda_device, "_limits", return_value=planner.Limits(sms=2)),
         mock.patch.object(cuda_device, "function", machine.function),
-        mock.patch.object(cuda_device.CuPyDevice, "current", lambda _: machine.current),
+        mock.patch.object(cuda_device.CuPyDevice, "current", staticmethod(current)),
         mock.patch.object(cuda_device.CuPyDevice, "null", None),
         mock.patch.object(cupy.cuda, "Device", machine.device),
-        mock.patch.object(cupy.cuda.runtime, "getDeviceCount", lambda: 2),
+        mock.patch.object(cupy.cuda.runtime, "getDeviceCount", return_value=2),
         cupy.cuda.using_allocator(machine.allocate),
     ):
         backend = Cuda(cuda_device.CuPyDevice())

@@ -339,44 +339,55 @@ def test_data_of_any_size(call: Call, scale: float) -> None:
         close(g.astype(np.float64) / largest, w.astype(np.float64) / largest, "float32")
 
 
-# Cases (a pattern of names) that a GPU's arithmetic cannot hold, and why.
+# Cases (a pattern of names) that the kernels do not hold, and why: of all 2,024, 31 and 22.
 DENORMAL = "the data or the gradients are denormal in float32, which -ftz=true makes zeros"
-OVERFLOW = "about the largest float64, whose reciprocals are denormal and whose sums overflow"
+OVERFLOW = "float64 whose squares overflow, which nothing wider is there to sum in"
 EXCEPTIONS = {
     "adv.const1.401e-45_*": DENORMAL,
     "adv.const9.184e-41_*": DENORMAL,
     "adv.huge_max_uniform.*.bfloat16": DENORMAL,
+    "adv.huge_max_uniform.*.float32": DENORMAL,
     "adv.huge_positive.*.bfloat16": DENORMAL,
     "adv.pm_max.*.float32": DENORMAL,
     "adv.std1e-39_*": DENORMAL,
     "adv.const1.798e+308_*": OVERFLOW,
+    "adv.huge_max_uniform.*.float64": OVERFLOW,
+    "adv.huge_positive.*.float64": OVERFLOW,
+    "adv.huge_sqrtmax.*.float64": OVERFLOW,
 }
-SMALL = [
-    case
-    for case in oracles.read(oracles.GOLDEN)
-    if test_oracles.applies(case) and not case.raises and prod(case.shape) < 2000
-]
+
+
+def excepted(case: oracles.Case) -> bool:
+    return any(fnmatch(case.name, pattern) for pattern in EXCEPTIONS)
+
+
+def judge(case: oracles.Case) -> list[str]:
+    """What is wrong with a case on the emulation."""
+    # whose flush to zero would reach float64 as well, other than a GPU's
+    with serving(Host(ftz=case.dtype != "float64")) as device:
+
+        def make(case: oracles.Case) -> oracles.Arrays:
+            return {name: device.moved(a) for name, a in oracles.arrays(case).items()}
+
+        return test_oracles.judge(case, make)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("norm", oracles.NORMS)
 def test_oracles_hold(norm: str, dtype: str) -> None:
-    wrong = []
-    for case in SMALL:
-        excepted = any(fnmatch(case.name, pattern) for pattern in EXCEPTIONS)
-        if (case.op, case.dtype) != (norm, dtype) or excepted:
-            continue
-        with serving(Host(ftz=dtype != "float64")) as device:
-
-            def make(case: oracles.Case, device: Host = device) -> oracles.Arrays:
-                return {name: device.moved(a) for name, a in oracles.arrays(case).items()}
-
-            wrong += test_oracles.judge(case, make)
-    test_oracles.report(wrong)
+    cases = [c for c in test_oracles.VALUES if (c.op, c.dtype) == (norm, dtype)]
+    test_oracles.report(
+        line
+        for case in cases
+        if not excepted(case) and prod(case.shape) < 200_000
+        for line in judge(case)
+    )
 
 
-def test_every_exception_is_of_some_case() -> None:
-    assert all(any(fnmatch(case.name, pattern) for case in SMALL) for pattern in EXCEPTIONS)
+@pytest.mark.parametrize("pattern", EXCEPTIONS)
+def test_exceptions_are_needed(pattern: str) -> None:
+    cases = [case for case in test_oracles.VALUES if fnmatch(case.name, pattern)]
+    assert any(map(judge, cases)) or not (cases or oracles.FOLDER)
 
 
 # How many kernels y takes, and dx with the parameters' gradients.
