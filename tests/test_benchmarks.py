@@ -223,11 +223,11 @@ def test_plots(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (["benchmarks", "--list", "--filter", "large ConvNeXt"], "NumPy: numpy"),
+        (["benchmarks", "--list", "--peers", "NumPy"], "NumPy: numpy"),
         (["benchmarks.gpu", "--plan", "--filter", "instance"], "instance_norm bfloat16 NCHW 64x64"),
     ],
 )
 def test_commands_that_time_nothing(python: Any, command: list[str], expected: str) -> None:
-    done = python("-m", *command)
+    done = python("-m", *command, timeout=300)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
