@@ -1,264 +1,180 @@
-"""Correctness, then speed, on a GPU: ``python -m benchmarks.gpu [--out results/gpu]``.
+"""Correctness, then speed, on a GPU: ``python -m benchmarks.gpu [--out PREFIX]``.
 
-Results are written as they come, so that a late failure loses nothing. Speed is given as a share of
-the bandwidth that a device-to-device copy reaches in the same run, on the least bytes that an
-operation can move (2 n forward, 3 n backward); the L2 cache is flushed before every repetition.
-``--plan`` needs no GPU: it prints how every case would be launched.
+First the tests that need a GPU, and compute-sanitizer on a few small calls where that tool is
+there; then the table of `benchmarks.cases`, twice: the second time beside torch.compile as well,
+which takes seconds a row, for as long as time is left. Everything is written as it comes, so that a
+late failure loses nothing. ``--plan`` needs no GPU: it prints how every case would be launched.
+
+Times are those of CUDA events, with the L2 cache flushed before every sample by writes that take
+the GPU longer than Python takes for a call: so they are the GPU's own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import normkit as nk
+from benchmarks import harness
+from benchmarks.cases import BATCH, Case, cases, function, inputs, select
+from benchmarks.peers import PEERS
+from benchmarks.timing import Run
 from normkit.axes import Axes
 from normkit.backends.cuda import planner
 
-REPETITIONS = 20
-MINUTES = 9
-Function = Callable[[], Any]
+MINUTES = 8  #: after which no row is begun
+TEST_MINUTES, SANITIZER_MINUTES = 3, 1
+ROUNDS = 20
+FLUSH = 1 << 30  #: bytes, at least four times any L2 cache
+SLOW = "torch.compile"
 
 
-@dataclass(frozen=True)
-class Case:
-    norm: str
-    shape: tuple[int, ...]
-    dtype: str
-    last: bool = False  # channels are the last axis
+class Gpu:
+    """CuPy's current device and stream, which PyTorch's default one is too."""
 
-    @property
-    def name(self) -> str:
-        layout = " channels-last" if self.last else ""
-        return f"{self.norm} {'x'.join(map(str, self.shape))} {self.dtype}{layout}"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        channel = {"channel_axis": -1 if self.last else 1}
-        if self.norm in ("layer_norm", "rms_norm"):
-            return {}
-        return channel | ({"num_groups": 32} if self.norm == "group_norm" else {})
-
-    @property
-    def params(self) -> int:
-        last = self.last or self.norm in ("layer_norm", "rms_norm")
-        return self.shape[-1 if last else 1]
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * planner.ITEMSIZE[self.dtype]
-
-    @property
-    def axes(self) -> Axes:
-        norm = nk.batch_norm if self.norm == "batch_renorm" else getattr(nk, self.norm)
-        with nk.use_backend("reference"):  # which looks at the shape alone here
-            x = np.empty(self.shape, np.float32)
-            axes: Axes = norm.declare(x, **self.options).plan.layout.axes
-        return axes
-
-
-def cases() -> Iterator[Case]:
-    for dtype in ("bfloat16", "float32"):
-        for rows, n in ((1 << 20, 64), (1 << 18, 256), (1 << 16, 1024), (1 << 13, 8192)):
-            yield Case("layer_norm", (rows, n), dtype)
-        yield Case("layer_norm", (4096, 32768), dtype)
-        yield Case("layer_norm", (512, 131072), dtype)
-        yield Case("layer_norm", (16384, 4097), dtype)
-        yield Case("layer_norm", (65536, 1023), dtype)
-        yield Case("rms_norm", (16384, 4096), dtype)
-        for norm in ("batch_norm", "batch_renorm"):
-            yield Case(norm, (256, 64, 56, 56), dtype)
-            yield Case(norm, (256, 56, 56, 64), dtype, last=True)
-        yield Case("batch_norm", (2048, 512, 7, 7), dtype)
-        yield Case("instance_norm", (64, 64, 112, 112), dtype)
-        yield Case("group_norm", (64, 256, 56, 56), dtype)
-        yield Case("group_norm", (64, 56, 56, 256), dtype, last=True)
-        yield Case("layer_norm", (64, 512), dtype)
-        yield Case("batch_norm", (32, 64, 28, 28), dtype)
-
-
-def plan(case: Case) -> str:
-    axes = case.axes
-    tile = planner.tile(axes, planner.ITEMSIZE[case.dtype], True)
-    lanes, slots = tile.geometry.lanes, tile.geometry.slots
-    team = f"block of {tile.threads}" if tile.wide else f"{lanes} lanes"
-    read = "one read" if tile.parts == 1 else f"{tile.parts} parts, two reads"
-    return f"{case.name:48} {tuple(axes)!s:38} {tile.walk:8} {team:12} {slots:3} vectors  {read}"
-
-
-class Bench:
-    """What the cases share on one GPU."""
+    name = "gpu"
 
     def __init__(self) -> None:
         import cupy
 
-        self.cp = cupy
-        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-        self.hardware = properties["name"].decode()
-        self.flush = cupy.empty(4 * properties["l2CacheSize"] + (64 << 20), cupy.uint8)
+        self.xp = cupy
+        self.flush = cupy.empty(FLUSH, cupy.uint8)
 
-    def microseconds(self, function: Function) -> float:
-        """Median over repetitions; the last warm-up run has compiled everything."""
-        cp, times = self.cp, []
-        for _ in range(3):
-            function()
-        for _ in range(REPETITIONS):
-            self.flush.fill(0)
-            start, end = cp.cuda.Event(), cp.cuda.Event()
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(1e3 * cp.cuda.get_elapsed_time(start, end))
-        return statistics.median(times)
+    def microseconds(self, run: Run) -> float:
+        cuda = self.xp.cuda
+        start, end = cuda.Event(), cuda.Event()
+        self.flush.fill(0)
+        start.record()
+        result = run()
+        end.record()
+        end.synchronize()
+        del result
+        return float(1e3 * cuda.get_elapsed_time(start, end))
 
-    def inputs(self, case: Case) -> dict[str, Any]:
-        rng = self.cp.random.default_rng(0)
+    def copies(self, size: int) -> dict[str, Run]:
+        source = self.xp.zeros(size // 2, "uint8")
+        target = self.xp.empty_like(source)
+        return {"copy": lambda: self.xp.copyto(target, source)}
 
-        def make(*shape: int) -> Any:
-            return (rng.standard_normal(shape, dtype="float32") + 1).astype(case.dtype)
+    def release(self) -> None:
+        self.xp.get_default_memory_pool().free_all_blocks()
+        if torch := sys.modules.get("torch"):
+            torch.cuda.empty_cache()
 
-        given = {"x": make(*case.shape), "dy": make(*case.shape)}
-        return given | {"gamma": make(case.params), "beta": make(case.params)}
-
-    def functions(self, case: Case, given: dict[str, Any]) -> dict[str, Function]:
-        """What is timed, each returning arrays."""
-        norm, options = getattr(nk, case.norm), case.options
-        statistics_: dict[str, Any] = {}
-        if case.norm in ("batch_norm", "batch_renorm"):
-            spread = "running_std" if case.norm == "batch_renorm" else "running_var"
-            mean, one = self.cp.zeros(case.params, "f4"), self.cp.ones(case.params, "f4")
-            statistics_ = {"running_mean": mean, spread: one}
-        args = given["x"], given["gamma"], given["beta"]
-        _, pullback = nk.vjp(norm, *args, **options, **statistics_)
-        found = {
-            "forward": lambda: norm(*args, **options, **statistics_),
-            "backward": lambda: pullback(given["dy"]),
+    def machine(self) -> dict[str, Any]:
+        runtime = self.xp.cuda.runtime
+        properties = runtime.getDeviceProperties(self.xp.cuda.Device().id)
+        return {
+            "hardware": properties["name"].decode(),
+            "allocator": "CuPy's and PyTorch's own pools",
+            "cupy": self.xp.__version__,
+            "cuda": runtime.runtimeGetVersion(),
+            "driver": runtime.driverGetVersion(),
         }
-        if statistics_:
-            frozen = {**options, **statistics_, "training": False}
-            found["inference"] = lambda: norm(*args, **frozen)
-        return found
-
-    def error(self, case: Case, given: dict[str, Any]) -> dict[str, float]:
-        """Largest error against the reference backend, relative to the largest value."""
-        norm, options = getattr(nk, case.norm), case.options
-        results = []
-        for backend in ("cuda", "reference"):
-            extra = {}
-            if case.norm == "batch_renorm":
-                extra["running_mean"] = self.cp.zeros(case.params, "f4")
-                extra["running_std"] = self.cp.ones(case.params, "f4")
-            with nk.use_backend(backend):
-                args = given["x"], given["gamma"], given["beta"]
-                y, pullback = nk.vjp(norm, *args, **options, **extra)
-                results.append((y, *pullback(given["dy"])))
-        found = {}
-        for name, got, want in zip(("y", "dx", "dgamma", "dbeta"), *results, strict=True):
-            got, want = got.astype("f8"), want.astype("f8")
-            found[name] = float(abs(got - want).max() / abs(want).max())
-        return found
-
-    def peers(self, case: Case, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Function]]]:
-        try:
-            import torch
-        except ImportError:
-            return
-        functional = torch.nn.functional
-        move = {name: torch.from_dlpack(a) for name, a in given.items()}
-        x, dy = move["x"], move["dy"]
-        if case.last:
-            x, dy = x.permute(0, 3, 1, 2), dy.permute(0, 3, 1, 2)
-        weight, bias = move["gamma"], move["beta"]
-        eager = {
-            "layer_norm": lambda a, w, b: functional.layer_norm(a, a.shape[-1:], w, b),
-            "rms_norm": lambda a, w, b: functional.rms_norm(a, a.shape[-1:], w),
-            "batch_norm": lambda a, w, b: functional.batch_norm(a, None, None, w, b, True),
-            "instance_norm": lambda a, w, b: functional.instance_norm(a, weight=w, bias=b),
-            "group_norm": lambda a, w, b: functional.group_norm(a, 32, w, b),
-        }.get(case.norm)
-        if eager is None:
-            return
-        for name, function in (("torch", eager), ("torch.compile", torch.compile(eager))):
-            leaves = [a.detach().requires_grad_() for a in (x, weight, bias)]
-            used = leaves[:2] if case.norm == "rms_norm" else leaves
-            y = function(*leaves)
-
-            def backward(y: Any = y, used: Any = used) -> Any:
-                return torch.autograd.grad(y, used, dy, retain_graph=True)
-
-            with torch.no_grad():
-                yield name, {"forward": lambda f=function: f(x, weight, bias), "backward": backward}
-
-    def rows(self, case: Case) -> Iterator[dict[str, Any]]:
-        given = self.inputs(case)
-        target = self.cp.empty_like(given["x"])
-        copied = self.microseconds(lambda: self.cp.copyto(target, given["x"]))
-        per_byte = copied / (2 * case.bytes)
-        error = self.error(case, given)
-        ours = [("normkit", self.functions(case, given))]
-        for who, functions in chain(ours, self.peers(case, given)):  # peers may fail: ours first
-            for direction, function in functions.items():
-                taken = self.microseconds(function)
-                least = (3 if direction == "backward" else 2) * case.bytes * per_byte
-                row = {"case": case.name, "who": who, "direction": direction, "us": taken}
-                yield row | {
-                    "of copy": least / taken,
-                    "error": error if who == "normkit" else None,
-                }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plan", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("gpu"))
-    options = parser.parse_args()
-    if options.plan:
-        print("\n".join(map(plan, cases())))
-        return
-    began, rows, skipped = time.monotonic(), [], []
+def plan(case: Case) -> str:
+    """How the forward pass of a case would be launched."""
+    axes = _axes(case)
+    tile = planner.tile(axes, np.dtype(case.dtype).itemsize, True)
+    lanes, slots = tile.geometry.lanes, tile.geometry.slots
+    team = f"block of {tile.threads}" if tile.wide else f"{lanes} lanes"
+    read = "one read" if tile.parts == 1 else f"{tile.parts} parts, two reads"
+    return f"{case.problem:50} {tuple(axes)!s:38} {tile.walk:8} {team:12} {slots:3} vectors  {read}"
+
+
+def _axes(case: Case) -> Axes:
+    import normkit as nk
+
+    memory = (case.shape[0], *case.shape[2:], case.channels)
+    x = np.empty(case.shape if case.layout != "NHWC" else memory, case.dtype)  # never touched
+    x = np.moveaxis(x, -1, 1) if case.layout == "NHWC" else x
+    norm = nk.batch_norm if case.norm in BATCH else getattr(nk, case.norm)
+    with nk.use_backend("reference"):
+        axes: Axes = norm.declare(x, **case.options).plan.layout.axes
+    return axes
+
+
+def check(what: str, command: list[str], minutes: float) -> str:
+    """What a command came to, in a line."""
+    began = time.monotonic()
+    try:
+        status = subprocess.run(command, check=False, timeout=60 * minutes).returncode
+    except subprocess.TimeoutExpired:
+        return f"{what}: not done after {minutes} minutes"
+    verdict = "passed" if status == 0 else f"FAILED, status {status}"
+    return f"{what}: {verdict} in {time.monotonic() - began:.0f} s"
+
+
+def checks() -> list[str]:
+    """The gpu-marked tests, then compute-sanitizer's tools on `smoke`."""
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
-    passed = subprocess.run(tests, check=False).returncode == 0
-    bench = Bench()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    for case in cases():
-        if time.monotonic() - began > 60 * MINUTES:
-            skipped.append(f"{case.name}: no time left")
-            continue
-        try:
-            for row in bench.rows(case):
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-        except Exception as error:  # the next case may do better; this one is reported
-            skipped.append(f"{case.name}: {type(error).__name__}: {error}")
-        bench.cp.get_default_memory_pool().free_all_blocks()
-        result = {"hardware": bench.hardware, "tests passed": passed, "rows": rows}
-        options.out.with_suffix(".json").write_text(json.dumps(result | {"skipped": skipped}))
-        options.out.with_suffix(".md").write_text(markdown(bench.hardware, rows, skipped))
-    print("\n".join(["skipped:", *skipped] if skipped else ["nothing skipped"]))
+    found = [check("tests", tests, TEST_MINUTES)]
+    places = [*os.get_exec_path(), "/usr/local/cuda/bin"]
+    sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    if sanitizer is None:
+        return [*found, "compute-sanitizer: skipped, it is not installed"]
+    smoke = [sys.executable, "-m", "benchmarks.gpu", "--smoke"]
+    for tool in ("memcheck", "racecheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *smoke]
+        found.append(check(f"compute-sanitizer {tool}", command, SANITIZER_MINUTES))
+    return found
 
 
-def markdown(hardware: str, rows: list[dict[str, Any]], skipped: list[str]) -> str:
-    lines = [f"{hardware}: share of a copy's bandwidth on the least bytes", ""]
-    lines += ["| case | direction | who | µs | % of copy |", "|---|---|---|---|---|"]
-    for row in rows:
-        share = f"{100 * row['of copy']:.0f}"
-        cells = row["case"], row["direction"], row["who"], f"{row['us']:.1f}", share
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"Skipped: {line}" for line in skipped)]) + "\n"
+def smoke() -> None:
+    """Every norm, layout and direction once, on small arrays with memory of their own each."""
+    import cupy
+
+    cupy.cuda.set_allocator(None)  # else one pool's memory is all that memcheck can tell apart
+    for case in select(cases("cpu"), "small"):
+        if case.dtype in ("float32", "bfloat16"):
+            function(case, inputs(case, cupy))()
+    cupy.cuda.Device().synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--filter", default="", help="words of a row's name or place")
+    parser.add_argument("--plan", action="store_true", help="print the launches; needs no GPU")
+    parser.add_argument("--smoke", action="store_true", help="what compute-sanitizer watches")
+    parser.add_argument("--skip-checks", action="store_true", help="speed only")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="PREFIX")
+    options = parser.parse_args()
+    began = time.monotonic()
+    table = select(cases("gpu"), options.filter)
+    if options.plan:
+        print(*(plan(case) for case in table if case.direction == "forward"), sep="\n")
+        return 0
+    if options.smoke:
+        smoke()
+        return 0
+
+    found = ["checks: skipped, as asked"] if options.skip_checks else checks()
+    print(*found, sep="\n", flush=True)
+    makers, versions, absent = harness.peers("gpu", [peer.name for peer in PEERS])
+    absent.append("JAX: its streams are out of reach of CUDA events")
+    device = Gpu()
+    results = harness.begin(device, versions, absent) | {"checks": found}
+    quick = {who: make for who, make in makers.items() if who != SLOW}
+    for who in (quick, makers) if SLOW in makers else (quick,):
+        harness.run(
+            table, device, who, ROUNDS, results, options.out,
+            lambda: time.monotonic() - began > 60 * MINUTES,
+        )  # fmt: skip
+    status = harness.conclude(results, options.out)
+    return status or int(any("FAILED" in line for line in found))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

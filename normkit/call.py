@@ -82,6 +82,7 @@ class Plan:
     direct: bool  #: x is C-contiguous and native: no view, no copy
     direct_params: bool  #: gamma and beta are as well
     direct_running: bool  #: running statistics are as well, one a group
+    wanted: tuple[Any, Any] | None  #: dtypes of the parameters' gradients, where there are any
 
 
 @lru_cache(maxsize=8192)
@@ -117,6 +118,7 @@ def _plan(
                 f"{shape}): its unbiased variance divides by m - 1 = 0; give more elements, "
                 "or pass training=False"
             )
+    dtypes = [meta[2].newbyteorder("=") for meta in (gamma, beta) if meta]
     in_order = found.order == tuple(range(len(found.order)))
     return Plan(
         found,
@@ -126,6 +128,7 @@ def _plan(
         direct=in_order and not found.copies and dtype.isnative,
         direct_params=direct_params,
         direct_running=direct_running,
+        wanted=(dtypes[0], dtypes[-1]) if dtypes else None,
     )
 
 
@@ -219,8 +222,13 @@ class Call:
 
     def _forward(self, keep: bool) -> tuple[Array, Stats | None, Array | None, Array | None]:
         x, plan, running = self.x, self.plan, self.running
-        xp = np if type(x) is np.ndarray else namespace(x)
-        y = xp.empty_like(x, dtype=plan.native) if self.out is None else self.out
+        xp = np
+        if type(x) is not np.ndarray:
+            xp, elsewhere = namespace(x), self.backend.elsewhere(x)
+            if elsewhere is not None:
+                with elsewhere:
+                    return self._forward(keep)
+        y = self.like_x(xp) if self.out is None else self.out
         if plan.empty:
             return y, None, None, None
         packed = x if plan.direct else self.pack(x, plan.native)
@@ -241,9 +249,11 @@ class Call:
                 backend.infer(packed, axes, *given, gamma, beta, target)
         elif running.clip:
             stats = backend.moments(packed, axes, eps=self.eps, center=True)
-            r, d = self._renorm(running, stats, xp)
-            backend.normalize(packed, axes, stats, *_affine(gamma, beta, r, d), target)
-            self._update(running, stats.mean, _reciprocal(stats.rstd), 1.0)
+            if running.clip != (1.0, 0.0):  # which is batch norm
+                r, d = self._renorm(running, stats, xp)
+                gamma, beta = backend.affine(gamma, beta, r, d, plan.arithmetic)
+            backend.normalize(packed, axes, stats, gamma, beta, target)
+            self._update(running, stats.mean, stats.rstd, None)
         else:
             update, factor = None, axes.group_size / (axes.group_size - 1)
             if plan.direct_running:
@@ -259,10 +269,15 @@ class Call:
             view[...] = target
         return y, stats, r, d
 
+    def like_x(self, xp: Any) -> Array:
+        """A new array of x's dtype, in native byte order, and layout."""
+        x, native = self.x, self.plan.native
+        return xp.empty(x.shape, native) if self.plan.direct else xp.empty_like(x, dtype=native)
+
     def pack(self, array: Array, dtype: Any) -> Array:
         """`array` (of x's shape) C-contiguous in x's memory order: a view where the layout fits."""
-        plan = self.plan
-        if plan.direct and array.dtype == dtype and (array is self.x or array.flags.c_contiguous):
+        x, plan = self.x, self.plan
+        if plan.direct and array.dtype == dtype and (array is x or array.strides == x.strides):
             return array
         view = plan.layout.view(array)
         if view.dtype != dtype:
@@ -300,24 +315,20 @@ class Call:
             )
         return mean, spread, None if running.clip else self.eps
 
-    def _renorm(
-        self, running: Running, stats: Stats, xp: Any
-    ) -> tuple[Array | None, Array | None]:
-        """r and d of Batch Renormalization, constants for the gradient; None for 1 and 0.
-
-        That is what r_max = 1 and d_max = 0 give, whatever the running statistics hold.
-        """
+    def _renorm(self, running: Running, stats: Stats, xp: Any) -> tuple[Array, Array]:
+        """r and d of Batch Renormalization, constants for the gradient."""
         assert running.clip is not None
-        r_max, d_max = running.clip
-        given = self.backend.given(*self._given(running, xp))
-        with np.errstate(all="ignore"):
-            r = xp.clip(given.rstd / stats.rstd, 1 / r_max, r_max)
-            d = xp.clip((stats.mean - given.mean) * given.rstd, -d_max, d_max)
+        mean, std, _ = self._given(running, xp)
+        r, d = self.backend.renorm(stats, mean, std, running.clip)
         layout = self.plan.layout
-        r, d = (layout.pack_param(layout.unpack_groups(a), xp) for a in (r, d))
-        return None if r_max == 1 else r, None if d_max == 0 else d
+        if layout.axes.params == layout.axes.groups:  # which are in one order
+            return r, d
+        return (
+            layout.pack_param(layout.unpack_groups(r), xp),
+            layout.pack_param(layout.unpack_groups(d), xp),
+        )
 
-    def _update(self, running: Running, mean: Array, spread: Array, factor: float) -> None:
+    def _update(self, running: Running, mean: Array, spread: Array, factor: float | None) -> None:
         layout = self.plan.layout
         mean, spread = layout.unpack_groups(mean), layout.unpack_groups(spread)
         if mean.ndim > running.mean.ndim:  # instance norm: statistics per sample and channel
@@ -352,7 +363,12 @@ class Pullback:
         """
         call, stats = self._call, self._stats
         x, plan = call.x, call.plan
-        xp = np if type(x) is np.ndarray else namespace(x)
+        xp = np
+        if type(x) is not np.ndarray:
+            xp, elsewhere = namespace(x), call.backend.elsewhere(x)
+            if elsewhere is not None:
+                with elsewhere:
+                    return self(dy)
         try:
             dy = _like("dy", dy, x)
             _arithmetic("dy", dy.dtype)
@@ -360,7 +376,7 @@ class Pullback:
                 raise ValueError(f"dy has shape {dy.shape}: expected that of x, {x.shape}")
         except (TypeError, ValueError) as error:
             raise type(error)(f"pullback: {error}") from None
-        dx = xp.empty_like(x, dtype=plan.native)
+        dx = call.like_x(xp)
         if stats is None:
             return Grads(
                 dx,
@@ -372,7 +388,11 @@ class Pullback:
         dtype = plan.native if dy.dtype == plan.native else plan.arithmetic
         view, target = call.target(dx)
         with np.errstate(all="ignore"):  # an inf or NaN in dy or x is no news
-            gamma, _ = _affine(*call.params(), self._r, None)
+            gamma, _ = call.params()
+            wanted = plan.wanted
+            if self._r is not None and self._d is not None:
+                gamma, _ = call.backend.affine(gamma, None, self._r, self._d, plan.arithmetic)
+                wanted = wanted and (np.dtype(np.float64),) * 2
             sums = call.backend.gradients(
                 call.pack(dy, dtype),
                 call.pack(x, plan.native),
@@ -382,7 +402,7 @@ class Pullback:
                 target,
                 center=call.center,
                 frozen=call.frozen,
-                affine=call.gamma is not None or call.beta is not None,
+                affine=wanted,
             )
             if target is not view:
                 view[...] = target
@@ -390,15 +410,15 @@ class Pullback:
                 return Grads(dx, None, None)
             dgamma, dbeta = sums
             if self._r is not None:
-                dgamma = self._r * dgamma
-            if self._d is not None:
-                dgamma = dgamma + self._d * dbeta
+                dgamma = self._r * dgamma + self._d * dbeta
             return Grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
 
     def _grad(self, grad: Array, param: Array | None) -> Array | None:
         if param is None:
             return None
         plan = self._call.plan
+        if plan.direct_params and grad.dtype == param.dtype:
+            return grad
         if not plan.direct_params:
             grad = plan.layout.unpack_param(grad)
         return grad.astype(param.dtype.newbyteorder("="), copy=False)
@@ -524,7 +544,8 @@ def _plain(argument: str, array: Any) -> Array:
 
 def _like(argument: str, array: Any, x: Array) -> Array:
     """`array`, if it is of x's library and on x's device."""
-    if type(array) is type(x) is np.ndarray:
+    kind = type(array)
+    if kind is type(x) and (kind is np.ndarray or array.device == x.device):
         return array
     mine, other = library(type(array)), library(type(x))
     if mine != other and is_array_library(mine):
@@ -643,20 +664,3 @@ def _check_out(out: Array, call: Call) -> Array:
                 + (", or x itself" if argument == "x" else "")
             )
     return out
-
-
-@np.errstate(all="ignore")
-def _reciprocal(values: Array) -> Array:
-    return 1 / values
-
-
-def _affine(
-    gamma: Array | None, beta: Array | None, r: Array | None, d: Array | None
-) -> tuple[Array | None, Array | None]:
-    """Batch renorm's parameters: r*gamma and d*gamma + beta."""
-    if d is not None:
-        d = d if gamma is None else d * gamma.astype(np.float64)
-        beta = d if beta is None else d + beta.astype(np.float64)
-    if r is not None:
-        gamma = r if gamma is None else r * gamma.astype(np.float64)
-    return gamma, beta

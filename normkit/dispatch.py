@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -35,9 +35,12 @@ def is_array_library(name: str) -> bool:
     return name in _DEFAULT
 
 
-def namespace(array: Any) -> Any:
+_library: Callable[[type], str] = cache(library)
+
+
+def namespace(array: object) -> Any:
     """The array library that `array` belongs to."""
-    return sys.modules[library(type(array))]
+    return sys.modules[_library(type(array))]
 
 
 @cache

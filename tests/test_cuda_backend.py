@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import product
@@ -16,7 +16,7 @@ import numpy as np
 import oracles
 import pytest
 import test_oracles
-from cuda_host import HostDevice, unavailable
+from cuda_host import HostDevice, Launch, unavailable
 
 import normkit as nk
 from normkit.backends.cuda import Cuda, planner
@@ -58,13 +58,18 @@ CALLS = [
     Call(nk.layer_norm, (1, 700, 71), {"axis": 1}),
     Call(nk.layer_norm, (2, 2, 6, 3), {"axis": (1, 2), "param_axis": (0, 1)}),
     Call(nk.layer_norm, (2, 6, 4000), {"axis": (1, 2), "param_axis": 2}),
+    Call(nk.layer_norm, (3, 16, 8), {"axis": (1, 2), "param_axis": 1}),
+    Call(nk.layer_norm, (2, 300, 8), {"axis": (1, 2), "param_axis": 1}),
+    Call(nk.layer_norm, (2, 5000, 8), {"axis": (1, 2), "param_axis": 1}),
     # long runs and short ones, in one block and in several
     Call(nk.instance_norm, (2, 5, 9, 9)),
     Call(nk.instance_norm, (2, 3, 200, 201)),
     Call(nk.instance_norm, (2, 9, 9, 16), LAST),
     Call(nk.group_norm, (2, 32, 8, 8), {"num_groups": 4}),
     Call(nk.group_norm, (2, 8, 100, 101), {"num_groups": 2}),
-    Call(nk.group_norm, (3, 8, 2, 2), {"num_groups": 2}),
+    Call(nk.group_norm, (3, 8, 3, 3), {"num_groups": 2}),
+    Call(nk.group_norm, (2, 16, 24, 24), {"num_groups": 2}),
+    Call(nk.group_norm, (1, 2048, 4, 5), {"num_groups": 1}),
     Call(nk.group_norm, (2, 8, 8, 32), {"num_groups": 4, "channel_axis": -1}),
     Call(nk.group_norm, (2, 8, 8, 512), {"num_groups": 2, "channel_axis": -1}),
     Call(nk.group_norm, (5, 32), {"num_groups": 4}),
@@ -102,14 +107,11 @@ class Host(HostDevice):
     def moved(self, array: np.ndarray) -> np.ndarray:
         return self.array(array, self.shift)
 
-    def on(self, array: np.ndarray) -> Any:
-        return nullcontext()
-
 
 class Unrun(Host):
     """Notes which kernels it is asked for."""
 
-    def launch(self, launch: planner.Launch) -> None:
+    def launch(self, launch: Launch) -> None:
         self.launched.append(launch.kernel)
 
 
@@ -173,7 +175,7 @@ def operations(call: Call, backend: Any, move: Callable[[Any], Any]) -> list[Any
     stats = backend.moments(x, axes, eps=1e-5, center=center)
     backend.normalize(x, axes, stats, gamma, beta, again)
     found = [y, again]
-    for affine, weight in product((True, False), (gamma, None)):
+    for affine, weight in product(((gamma.dtype,) * 2, None), (gamma, None)):
         dx, options = np.empty_like(x), {"center": center, "frozen": True, "affine": affine}
         sums = backend.gradients(dy, x, axes, stats, weight, dx, **options)
         found += [dx, *(sums or ())]
@@ -253,27 +255,34 @@ def test_a_sample_has_the_same_bits_in_any_batch(call: Call, dtype: str) -> None
 SHAPES = [(6, 8, 5, 5), (6, 5, 7, 7), (2, 3, 110, 111), (40, 24), (1100, 24)]
 
 
+def steps(shape: tuple[int, ...], move: Callable[[Any], Any]) -> list[Any]:
+    """A few steps of the norms that keep running statistics, of either dtype."""
+    rng, seen = np.random.default_rng(1), []
+    x, dy = (move(rng.standard_normal(shape).astype("float32")) for _ in range(2))
+    gamma, beta = (move(rng.standard_normal(shape[1]).astype("float32")) for _ in range(2))
+    for norm, name in (
+        (nk.batch_norm, "running_var"),
+        (nk.batch_renorm, "running_std"),
+        (nk.instance_norm, "running_var"),
+    ):
+        if norm is nk.instance_norm and len(shape) == 2:
+            continue
+        mean, spread = move(np.zeros(shape[1], "float32")), move(np.ones(shape[1]))
+        for training in (True, False):
+            options = {"running_mean": mean, name: spread, "training": training}
+            seen.append(norm(x, gamma, beta, **options))
+            y, pullback = nk.vjp(norm, x, gamma, beta, **options)
+            seen += [y, *pullback(dy), mean.copy(), spread.copy()]
+            seen.append(nk.vjp(norm, x, **options)[1](dy).x)
+    return seen
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_running_statistics(shape: tuple[int, ...]) -> None:
-    rng = np.random.default_rng(1)
-    x, dy = (rng.standard_normal(shape).astype("float32") for _ in range(2))
-    gamma, beta = (rng.standard_normal(shape[1]).astype("float32") for _ in range(2))
-
-    def steps(move: Callable[[Any], Any]) -> list[Any]:
-        mean, spread = move(np.zeros(shape[1], "float32")), move(np.ones(shape[1], "float32"))
-        args, seen = [move(a) for a in (x, gamma, beta)], []
-        for norm, name in ((nk.batch_norm, "running_var"), (nk.batch_renorm, "running_std")):
-            for training in (True, False):
-                options = {"running_mean": mean, name: spread, "training": training}
-                y, pullback = nk.vjp(norm, *args, **options)
-                seen += [y, *pullback(move(dy)), mean.copy(), spread.copy()]
-                seen.append(nk.vjp(norm, args[0], **options)[1](move(dy)).x)
-        return seen
-
     with nk.use_backend("reference"):
-        want = steps(np.array)
+        want = steps(shape, np.array)
     with serving(Host()) as device:
-        got = steps(device.moved)
+        got = steps(shape, device.moved)
     for g, w in zip(got, want, strict=True):
         close(g, w, "float32")
 
@@ -330,44 +339,87 @@ def test_data_of_any_size(call: Call, scale: float) -> None:
         close(g.astype(np.float64) / largest, w.astype(np.float64) / largest, "float32")
 
 
-# Cases (a pattern of names) that a GPU's arithmetic cannot hold, and why.
+# Cases (a pattern of names) that the kernels do not hold, and why: of all 2,024, 31 and 22.
 DENORMAL = "the data or the gradients are denormal in float32, which -ftz=true makes zeros"
-OVERFLOW = "about the largest float64, whose reciprocals are denormal and whose sums overflow"
+OVERFLOW = "float64 whose squares overflow, which nothing wider is there to sum in"
 EXCEPTIONS = {
     "adv.const1.401e-45_*": DENORMAL,
     "adv.const9.184e-41_*": DENORMAL,
     "adv.huge_max_uniform.*.bfloat16": DENORMAL,
+    "adv.huge_max_uniform.*.float32": DENORMAL,
     "adv.huge_positive.*.bfloat16": DENORMAL,
     "adv.pm_max.*.float32": DENORMAL,
     "adv.std1e-39_*": DENORMAL,
     "adv.const1.798e+308_*": OVERFLOW,
+    "adv.huge_max_uniform.*.float64": OVERFLOW,
+    "adv.huge_positive.*.float64": OVERFLOW,
+    "adv.huge_sqrtmax.*.float64": OVERFLOW,
 }
-SMALL = [
-    case
-    for case in oracles.read(oracles.GOLDEN)
-    if test_oracles.applies(case) and not case.raises and prod(case.shape) < 2000
-]
+
+
+def excepted(case: oracles.Case) -> bool:
+    return any(fnmatch(case.name, pattern) for pattern in EXCEPTIONS)
+
+
+def judge(case: oracles.Case) -> list[str]:
+    """What is wrong with a case on the emulation."""
+    # whose flush to zero would reach float64 as well, other than a GPU's
+    with serving(Host(ftz=case.dtype != "float64")) as device:
+
+        def make(case: oracles.Case) -> oracles.Arrays:
+            return {name: device.moved(a) for name, a in oracles.arrays(case).items()}
+
+        return test_oracles.judge(case, make)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("norm", oracles.NORMS)
 def test_oracles_hold(norm: str, dtype: str) -> None:
-    wrong = []
-    for case in SMALL:
-        excepted = any(fnmatch(case.name, pattern) for pattern in EXCEPTIONS)
-        if (case.op, case.dtype) != (norm, dtype) or excepted:
-            continue
-        with serving(Host(ftz=dtype != "float64")) as device:
-
-            def make(case: oracles.Case, device: Host = device) -> oracles.Arrays:
-                return {name: device.moved(a) for name, a in oracles.arrays(case).items()}
-
-            wrong += test_oracles.judge(case, make)
-    test_oracles.report(wrong)
+    cases = [c for c in test_oracles.VALUES if (c.op, c.dtype) == (norm, dtype)]
+    test_oracles.report(
+        line
+        for case in cases
+        if not excepted(case) and prod(case.shape) < 200_000
+        for line in judge(case)
+    )
 
 
-def test_every_exception_is_of_some_case() -> None:
-    assert all(any(fnmatch(case.name, pattern) for case in SMALL) for pattern in EXCEPTIONS)
+@pytest.mark.parametrize("pattern", EXCEPTIONS)
+def test_exceptions_are_needed(pattern: str) -> None:
+    cases = [case for case in test_oracles.VALUES if fnmatch(case.name, pattern)]
+    assert any(map(judge, cases)) or not (cases or oracles.FOLDER)
+
+
+# How many kernels y takes, and dx with the parameters' gradients.
+LAUNCHES = [
+    (Call(nk.layer_norm, (64, 512)), 1, 2),
+    (Call(nk.rms_norm, (3, 4096)), 1, 2),
+    (Call(nk.rms_norm, (3, 65536)), 3, 5),
+    (Call(nk.batch_norm, (32, 64, 14, 14)), 1, 1),
+    (Call(nk.batch_norm, (64, 40)), 1, 1),
+    (Call(nk.batch_norm, (32, 64, 56, 56)), 3, 3),
+    (Call(nk.batch_norm, (32, 56, 56, 64), LAST), 3, 3),
+    (Call(nk.instance_norm, (8, 64, 28, 28)), 1, 2),
+    (Call(nk.instance_norm, (8, 14, 14, 64), LAST), 1, 2),
+    (Call(nk.group_norm, (8, 64, 28, 28), {"num_groups": 8}), 1, 2),
+    (Call(nk.group_norm, (8, 64, 112, 112), {"num_groups": 2}), 3, 4),
+]
+
+
+@pytest.mark.parametrize(("call", "forward", "backward"), LAUNCHES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_launches(call: Call, forward: int, backward: int, dtype: str) -> None:
+    x, gamma, beta, dy = inputs(call, dtype)
+    running = {}
+    if call.norm is nk.batch_norm:
+        running = {"running_mean": np.zeros(gamma.shape), "running_var": np.ones(gamma.shape)}
+    with serving(Unrun()) as device:
+        call.norm(x, gamma, beta, **call.options, **running)
+        assert len(device.launched) == forward
+        _, pullback = nk.vjp(call.norm, x, gamma, beta, **call.options, **running)
+        device.launched.clear()
+        pullback(dy)
+        assert len(device.launched) == backward
 
 
 def regime(kernel: str) -> tuple[str, ...]:
@@ -391,4 +443,7 @@ def test_every_regime_is_reached() -> None:
         device = Unrun()
         operations(call, Cuda(device), device.moved)
         reached |= {regime(kernel) for kernel in device.launched}
-    assert {regime(kernel) for _, kernel in planner.specialisations()} - reached == set()
+    with serving(Unrun()) as device, np.errstate(all="ignore"):
+        steps(SHAPES[0], device.moved)
+        reached |= {regime(kernel) for kernel in device.launched}
+    assert sorted({regime(kernel) for _, kernel in planner.specialisations()} - reached) == []

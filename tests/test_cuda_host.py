@@ -7,10 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_host import HostDevice, KernelFault, unavailable
+from cuda_host import HostDevice, KernelFault, Launch, unavailable
 from cuda_host.build import BuildError
-
-from normkit.backends.cuda.planner import Launch
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 

@@ -410,7 +410,10 @@ def test_vjp_needs_a_norm(norm: Any) -> None:
         *((m, {"channel_axis": (1, 2)}, TypeError, ["channel_axis"]) for m in ("rms", "instance")),
         *((m, {"channel_axis": True}, TypeError, ["channel_axis"]) for m in ("layer", "batch")),
         *((m, {"channel_axis": 4}, ValueError, ["out of range"]) for m in ("rms", "batch")),
-        *((m, {"channel_axis": 0}, ValueError, ["batch axis"]) for m in ("layer", "rms", "instance")),
+        *(
+            (m, {"channel_axis": 0}, ValueError, ["batch axis"])
+            for m in ("layer", "rms", "instance")
+        ),
     ],
 )
 @pytest.mark.parametrize("through_vjp", [False, True], ids=["call", "vjp"])

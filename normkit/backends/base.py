@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,19 +18,20 @@ class Stats(NamedTuple):
 
     mean: Array
     rstd: Array  #: 1 / sqrt(var + eps)
-    var: Array | None = None  #: biased variance; absent where statistics were given
+    var: Array = None  #: biased variance; absent where statistics were given
     residual: Array | None = None  #: what rounding `mean` left out, where the backend keeps it
 
 
 class Update(NamedTuple):
     """Running statistics, (groups,) arrays of float32 or float64, and how a step enters them.
 
-    ``mean += momentum * (new mean - mean)``, and likewise ``spread`` with ``factor * new spread``.
+    ``mean += momentum * (new mean - mean)``, and likewise ``spread`` with ``factor * new spread``,
+    or, with `factor` None, ``1 / new spread``.
     """
 
     mean: Array
     spread: Array
-    factor: float
+    factor: float | None
     momentum: float
 
 
@@ -67,9 +69,11 @@ class Backend(ABC):
         *,
         center: bool,
         frozen: bool,
-        affine: bool,
+        affine: tuple[Any, Any] | None,
     ) -> tuple[Array, Array] | None:
         """Write dx, return (dgamma, dbeta) as (params,) arrays in float32 or wider.
+
+        `affine` is the dtypes that they get in the end, which they may have at once.
 
         With ``g = gamma*dy`` and ``xhat = (x - mean)*rstd``::
 
@@ -115,6 +119,10 @@ class Backend(ABC):
         """`given` and `normalize`: a backend may fuse them."""
         self.normalize(x, axes, self.given(mean, spread, eps), gamma, beta, y)
 
+    def elsewhere(self, x: Array) -> AbstractContextManager[Any] | None:
+        """What makes the device of `x` the current one; None if it is, or there is but one."""
+        return None
+
     def given(self, mean: Array, spread: Array, eps: float | None) -> Stats:
         """Statistics from a given mean and variance or, with `eps` None, standard deviation."""
         mean, spread = mean.astype(np.float64), spread.astype(np.float64)
@@ -126,7 +134,34 @@ class Backend(ABC):
         momentum = update.momentum
         with np.errstate(all="ignore"):
             old = update.mean, update.spread
-            new = mean.astype(np.float64), spread.astype(np.float64) * update.factor
+            mean, spread = mean.astype(np.float64), spread.astype(np.float64)
+            spread = 1 / spread if update.factor is None else spread * update.factor
+            new = mean, spread
             results = [a + momentum * (b - a) for a, b in zip(old, new, strict=True)]
             for a, result in zip(old, results, strict=True):
                 a[...] = result
+
+    def renorm(
+        self, stats: Stats, mean: Array, std: Array, clip: tuple[float, float]
+    ) -> tuple[Array, Array]:
+        """r and d of Batch Renormalization, from the running mean and standard deviation."""
+        r_max, d_max = clip
+        running = self.given(mean, std, None)
+        with np.errstate(all="ignore"):
+            r = (running.rstd / stats.rstd).clip(1 / r_max, r_max)
+            d = ((stats.mean - running.mean) * running.rstd).clip(-d_max, d_max)
+        if r_max == 1:  # whatever the running statistics hold
+            r[...] = 1.0
+        if d_max == 0:
+            d[...] = 0.0
+        return r, d
+
+    def affine(
+        self, gamma: Array | None, beta: Array | None, r: Array, d: Array, dtype: Any
+    ) -> tuple[Array, Array]:
+        """Its parameters, ``r*gamma`` and ``d*gamma + beta``, in float64 or `dtype`."""
+        scaled, shift = r, d
+        if gamma is not None:
+            gamma = gamma.astype(np.float64)
+            scaled, shift = r * gamma, d * gamma
+        return scaled, shift if beta is None else shift + beta.astype(np.float64)

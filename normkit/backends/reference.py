@@ -72,7 +72,7 @@ class Reference(Backend):
         *,
         center: bool,
         frozen: bool,
-        affine: bool,
+        affine: tuple[Any, Any] | None,
     ) -> tuple[Array, Array] | None:
         xhat = _xhat(x, axes, stats)
         wide_dy = _wide(dy).reshape(-1, axes.params, axes.span)

@@ -13,6 +13,6 @@ it, and blocks may not write the same value to one place.
 """
 
 from .build import unavailable
-from .device import HostDevice, KernelFault
+from .device import HostDevice, KernelFault, Launch
 
-__all__ = ["HostDevice", "KernelFault", "unavailable"]
+__all__ = ["HostDevice", "KernelFault", "Launch", "unavailable"]

@@ -6,14 +6,15 @@ import re
 import subprocess
 import threading
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from normkit.backends.cuda.planner import Launch, Limits
+from normkit.backends.cuda import planner
+from normkit.backends.cuda.planner import Limits
 
 from .build import kernel, runtime
 
@@ -21,6 +22,19 @@ ORDERS = ("ascending", "descending", "random")
 SMALL = Limits(sms=4)
 MESSAGE = 8192
 ONE_AT_A_TIME = threading.Lock()  # the runtime's state is global
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of any source; `args` are arrays, NumPy scalars or None (a null pointer)."""
+
+    source: str
+    kernel: str  # C++ name expression
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int  # bytes of dynamic shared memory
+    cooperative: bool
+    args: tuple[Any, ...]
 
 
 class KernelFault(Exception):
@@ -118,8 +132,21 @@ class HostDevice:
     def address(self, a: np.ndarray) -> int:
         return a.ctypes.data
 
-    def on(self, a: np.ndarray) -> AbstractContextManager[None]:
-        return nullcontext()
+    null = None
+
+    def current(self) -> int:
+        return 0
+
+    def elsewhere(self, a: np.ndarray) -> None:
+        return None
+
+    def bind(self, launch: planner.Launch) -> Callable[[tuple[Any, ...]], None]:
+        def start(arrays: tuple[Any, ...]) -> None:
+            block, args = (launch.threads, 1, 1), (*arrays, launch.values)
+            name, grid, shared = launch.kernel, launch.grid, launch.shared
+            self.launch(Launch(planner.source(), name, grid, block, shared, False, args))
+
+        return start
 
     def launch(self, launch: Launch) -> None:
         """Compile if need be, run to the end, raise KernelFault on a mistake."""

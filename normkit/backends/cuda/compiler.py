@@ -8,7 +8,7 @@ from typing import Any
 
 import cupy
 
-from normkit.backends.cuda.planner import OPTIONS
+from normkit.backends.cuda.planner import OPTIONS, source
 
 _LOCK = threading.RLock()
 
@@ -18,28 +18,20 @@ class KernelError(RuntimeError):
 
 
 @cache
-def _function(source: str, kernel: str, cooperative: bool, shared: int, device: int) -> Any:
+def function(kernel: str, shared: int, device: int) -> Any:
+    """The compiled kernel, on a device, which must be the current one."""
     with _LOCK:  # CuPy keeps compiled kernels on disk as well, by their source and options
         try:
-            module = cupy.RawModule(
-                code=source,
-                options=OPTIONS,
-                name_expressions=[kernel],
-                enable_cooperative_groups=cooperative,
-            )
-            function = module.get_function(kernel)
+            module = cupy.RawModule(code=source(), options=OPTIONS, name_expressions=[kernel])
+            found = module.get_function(kernel)
             if shared > 48 << 10:
-                function.max_dynamic_shared_size_bytes = shared
+                found.max_dynamic_shared_size_bytes = shared
+            return found.kernel  # what it looks up in each of its own calls
+        except cupy.cuda.memory.OutOfMemoryError:
+            raise
         except Exception as error:
             arch = cupy.cuda.Device(device).compute_capability
             raise KernelError(
                 f"the CUDA kernel {kernel} cannot be used on device {device} (sm_{arch}, "
                 f"CuPy {cupy.__version__}): {error}"
             ) from error
-        return function
-
-
-def function(source: str, kernel: str, cooperative: bool, shared: int) -> Any:
-    """The compiled kernel, on the current device."""
-    device = cupy.cuda.runtime.getDevice()
-    return _function(source, kernel, cooperative, shared, device)

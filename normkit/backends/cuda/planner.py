@@ -7,12 +7,16 @@ sample has the same bits whatever else is in the batch.
 Two walks cover all axes. `Rows`: long runs (r1), a team of threads for each group, from four lanes
 of a warp to a block. `Columns`: short runs, the threads of a block side by side over a tile of
 columns, down its rows. A tile that fits one block is read once, and one kernel does all; a larger
-one is split in parts, whose sums a second kernel merges before a third applies them.
+one is split in parts, whose sums a second kernel merges before a third applies them. A third walk,
+`Runs`, serves the gradient of group norm: the sums of channels are weighted to those of groups.
+
+What comes out is a `Program`, pure data: the arrays to make and the kernels to launch, in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -27,12 +31,13 @@ from normkit.axes import Axes
 REDUCE, APPLY = 1, 2  #: halves of a kernel
 BOTH = REDUCE | APPLY  #: data are kept on chip between them
 CROSS, PARAMS = 4, 8  #: of backward: see kernels/backward.cuh
-FIXED, ALONG, ANY = 0, 1, 2  #: how the parameters lie along a walk
+FIXED, ALONG, EACH, ANY = range(4)  #: how the parameters lie along a walk
 ONE_BLOCK = 64 << 10  #: bytes of a tile that one block takes alone
 PART = 64 << 10  #: bytes of a part of a larger one
 APPLY_PART = 16 << 10  #: the same where nothing is summed
 MANY = 64  #: partial sums of a group that are more than a warp should merge
-KEEP_PARAMS = 2  #: vectors of a row whose parameters' sums a thread keeps in registers
+RUN_SLOTS = 16  #: vectors of a thread that walks over runs, at most
+KEEP_PARAMS = {8: 2, 4: 4, 2: 4}  #: vectors whose parameters' sums a thread keeps, by length
 
 #: Of the compiler; CuPy adds the architecture and -ftz=true. Only what is written as fma is fused.
 OPTIONS = "-std=c++17", "-fmad=false"
@@ -40,46 +45,78 @@ CTYPE = {"float16": "nk::half", "bfloat16": "nk::bfloat", "float32": "float", "f
 ARITHMETIC = dict.fromkeys(("float16", "bfloat16", "float32"), "float32") | {"float64": "float64"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 THREADS = {8: 128, 4: 256, 2: 256, 1: 256}  #: of a block of Columns, by the values of a vector
-MOMENTS = np.dtype([("n", "f8"), ("shift", "f8"), ("offset", "f8"), ("m2", "f8")])
-PAIR = np.dtype([("a", "f8"), ("b", "f8")])
+RESIDENT = 512  #: threads that a multiprocessor surely holds of kernels that keep parameters' sums
+
+# What kernels take by value and what they write, as in kernels/*.cuh.
+
+
+def _struct(**fields: Any) -> np.dtype[np.void]:
+    return np.dtype(list(fields.items()), align=True)
+
+
+MOMENTS = _struct(n="f8", shift="f8", offset="f8", m2="f8")
+PAIRS = {dtype: _struct(a=dtype, b=dtype) for dtype in ("float32", "float64")}
+PAIR = PAIRS["float64"]
+GEOMETRY = _struct(
+    **dict.fromkeys(("k0", "r0", "k1", "r1", "params", "span"), "i8"),
+    **dict.fromkeys(("parts", "per", "slots", "lanes", "columns", "merge"), "u4"),
+)
+UPDATE = _struct(mean_kind="i4", spread_kind="i4", factor="f8", momentum="f8")
+FORWARD = _struct(geometry=GEOMETRY, groups="i8", eps="f8", least="f8", center="i4", update=UPDATE)
+FINISH_MOMENTS = _struct(groups="i8", eps="f8", parts="u4", update=UPDATE)
+AVERAGE = _struct(count="i8", update=UPDATE)
+BACKWARD = _struct(
+    geometry=GEOMETRY,
+    **dict.fromkeys(("groups", "outer", "inner", "count", "blocks"), "i8"),
+    members="f8",
+    cells_of_group="u4",
+    center="i4",
+    frozen="i4",
+)
+FINISH_GRADIENTS = _struct(
+    groups="i8", params="i8", within="i8", members="f8", parts="u4", group_cells="u4"
+)
+FOLD = _struct(rows="i8", params="i8", within="i8")
+CHANNELS = _struct(
+    count="i8", mean_kind="i4", spread_kind="i4", eps="f8",
+    r_max="f8", d_max="f8", gamma_kind="i4", beta_kind="i4", kind="i4",
+)  # fmt: skip
+KINDS = "float32", "float64", "float16", "bfloat16"  #: by their numbers in kernels/common.cuh
+
+#: dtypes of a running mean and spread, the factor of a new spread, the momentum
+Update = tuple[str, str, float | None, float]
+NO_UPDATE = 0, 0, 0.0, 0.0
 
 
 @cache
 def source() -> str:
     """The kernels' source, one string: the header files in the order that they need."""
     folder = files(__package__) / "kernels"
-    names = "common", "walk", "forward", "backward"
+    names = "common", "walk", "forward", "backward", "channels"
     return "".join((folder / f"{name}.cuh").read_text() for name in names)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch as pure data; `args` are arrays, NumPy scalars or None (a null pointer)."""
+    """One kernel launch as pure data."""
 
-    source: str
     kernel: str  #: C++ name expression
     grid: tuple[int, int, int]
-    block: tuple[int, int, int]
+    threads: int  #: of a block
     shared: int  #: bytes of dynamic shared memory
-    cooperative: bool
-    args: tuple[Any, ...]
+    arrays: tuple[str | None, ...]  #: of the program, by name; None is a null pointer
+    values: np.void  #: the struct that comes last
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A launch that lacks its arrays."""
+class Program:
+    """What one operation of the backend does on a device."""
 
-    kernel: str
-    grid: tuple[int, int, int]
-    threads: int
-    shared: int
-    scalars: tuple[Any, ...]
-
-    def __call__(self, *arrays: Any) -> Launch:
-        block = (self.threads, 1, 1)
-        return Launch(
-            source(), self.kernel, self.grid, block, self.shared, False, (*arrays, *self.scalars)
-        )
+    given: tuple[str, ...]  #: the arrays that it is run with
+    new: dict[str, tuple[Any, Any]]  #: arrays to make: shape and dtype
+    results: int  #: how many of the new arrays, the first, are what is wanted
+    launches: tuple[Launch, ...]
+    casts: dict[str, str]  #: given arrays that kernels want in another dtype
 
 
 @dataclass(frozen=True)
@@ -92,16 +129,19 @@ class Limits:
 class Device(Protocol):
     """What runs launches: CuPy in life, an emulation on the host in tests."""
 
+    null: Any  #: what a null pointer is passed as
+
     @property
     def limits(self) -> Limits: ...
-    def launch(self, launch: Launch) -> None: ...
-    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> Any: ...
+    def bind(self, launch: Launch) -> Callable[[tuple[Any, ...]], None]: ...  # ready for arrays
+    def empty(self, shape: Any, dtype: Any) -> Any: ...
     def address(self, array: Any) -> int: ...
-    def on(self, array: Any) -> Any: ...  # a context: the array's device is the current one
+    def current(self) -> int: ...  # number of the device that all of these concern
+    def elsewhere(self, array: Any) -> AbstractContextManager[Any] | None: ...  # as in Backend
 
 
 class Geometry(NamedTuple):
-    """NK_GEOMETRY of kernels/walk.cuh, in its order."""
+    """Of kernels/walk.cuh, in its order."""
 
     k0: int
     r0: int
@@ -115,9 +155,6 @@ class Geometry(NamedTuple):
     lanes: int
     columns: int
     merge: int
-
-    def scalars(self) -> tuple[Any, ...]:
-        return (*map(np.int64, self[:6]), *map(np.uint32, self[6:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +170,7 @@ class Tile:
     teams: int  #: of them in a block
     geometry: Geometry
     aligned: bool
-    mode: int  #: FIXED, ALONG or ANY
+    mode: int  #: FIXED, ALONG, EACH or ANY
 
     @property
     def parts(self) -> int:
@@ -146,17 +183,17 @@ class Tile:
     def shared(self, entry: int) -> int:
         """Bytes of a table of `entry` bytes for every column of every row of threads."""
         g = self.geometry
-        return 0 if self.walk == "Rows" else self.threads // g.lanes * g.columns * entry
+        return self.threads // g.lanes * g.columns * entry if self.walk == "Columns" else 0
 
     @property
     def halves(self) -> bool:
         """Whether kernels take gamma and beta in half precision."""
-        return self.walk == "Rows" or (self.n > 1 and self.mode == FIXED)
+        return self.walk != "Columns" or (self.n > 1 and self.mode == FIXED)
 
     @property
     def cell(self) -> int:
         """Values of a cell that lie side by side: see kernels/backward.cuh."""
-        return self.geometry.r1 if self.walk == "Rows" else 1
+        return 1 if self.walk == "Columns" else self.geometry.r1
 
     @property
     def cells(self) -> int:
@@ -187,15 +224,18 @@ def columnar(axes: Axes, itemsize: int) -> bool:
     return axes.r0 > 1 and (axes.r1 < v or (fits and axes.r1 * itemsize < 256))
 
 
-def param_mode(axes: Axes, short: bool) -> int:
-    """How the affine parameters lie along a walk."""
+def param_mode(axes: Axes, short: bool, n: int) -> int:
+    """How the affine parameters lie along a walk of vectors of n."""
     _, r0, _, r1, params, span = axes
     row = axes.k1 * r1
     steady = r0 == 1 or row % (params * span) == 0 or span % (r0 * row) == 0
     if steady and (short or span % r1 == 0):
         return FIXED
-    along = not short and span == 1 and params % r1 == 0 and (r0 == 1 or row % params == 0)
-    return ALONG if along else ANY
+    if short:
+        return ANY
+    if span == 1 and params % r1 == 0 and (r0 == 1 or row % params == 0):
+        return ALONG
+    return EACH if span % n == 0 and r1 % span == 0 else ANY
 
 
 @lru_cache(maxsize=8192)
@@ -204,7 +244,7 @@ def tile(axes: Axes, itemsize: int, aligned: bool, part: int = PART, affine: boo
     v = 16 // itemsize
     row = axes.k1 * axes.r1
     short = columnar(axes, itemsize)
-    mode = param_mode(axes, short) if affine else FIXED
+    mode = param_mode(axes, short, v) if affine else FIXED
     if short:
         n = v if row % v == 0 else 1
         unit = lcm(axes.r1, n)
@@ -248,6 +288,25 @@ def pieces(axes: Axes) -> Axes | None:
     return Axes(axes.k0 * axes.k1 * axes.r1 // axes.span, 1, 1, *axes[3:])._replace(r1=axes.span)
 
 
+def runs(axes: Axes, t: Tile) -> Tile | None:
+    """The tile `t` of a group of runs with a parameter each, changed so that each has its sums."""
+    count, n = axes.r1 // axes.span, t.n
+    if t.parts > 1 or t.walk != "Rows":
+        return None
+    vectors = _up(axes.span, n)
+    lanes = min(32, _power(vectors))
+    threads = min(512, _up(count * lanes, 32) * 32)
+    per = _up(vectors, lanes)
+    slots = per * _up(count, threads // lanes)
+    if slots > RUN_SLOTS:
+        return None
+    geometry = t.geometry._replace(
+        k0=axes.groups, r0=count, k1=1, r1=axes.span, per=per, slots=slots, lanes=lanes
+    )
+    aligned = t.aligned and axes.span % n == 0
+    return Tile("Runs", n, True, threads, 512, axes.groups, 1, geometry, aligned, EACH)
+
+
 def crossed(axes: Axes) -> Axes:
     """The axes that the gradients of parameters are reduced over."""
     params, span = axes.params, axes.span
@@ -259,90 +318,380 @@ def crossed(axes: Axes) -> Axes:
 def with_params(t: Tile) -> Tile | None:
     """The tile, changed so that a team can keep the sums of its rows' parameters in registers."""
     g = t.geometry
-    per, few = g.per, KEEP_PARAMS
-    if t.mode != ALONG or g.r0 != 1 or g.params != g.r1 or g.parts > 1 or per > 512 * few:
+    if t.mode != ALONG or g.r0 != 1 or g.params != g.r1 or g.parts > 1:
+        return None
+    per, few = g.per, KEEP_PARAMS[t.n]
+    if per > 512 * few:
         return None
     wide = per > 32 * few
     lanes = max(64, _up(_up(per, few), 32) * 32) if wide else _power(_up(per, few))
-    threads, limit = (lanes, 512) if wide else (128, 128)
+    limit = 512 if wide else 128
+    threads = limit // lanes * lanes
     geometry = g._replace(lanes=lanes, slots=_up(per, lanes))
     t = replace(t, wide=wide, threads=threads, limit=limit)
     return replace(t, teams=threads // lanes, geometry=geometry)
 
 
-# Launches
+# Programs
 
 
-@lru_cache(maxsize=8192)
-def forward(t: Tile, stage: int, dtype: str, param: str, eps: float, center: bool) -> Prepared:
+class _Writer:
+    """Collects a program."""
+
+    def __init__(self, *given: str) -> None:
+        self.given = given
+        self.new: dict[str, tuple[Any, Any]] = {}
+        self.casts: dict[str, str] = {}
+        self.launches: list[Launch] = []
+
+    def make(self, name: str, shape: Any, dtype: Any) -> str:
+        self.new[name] = shape, dtype
+        return name
+
+    def launch(
+        self,
+        kernel: str,
+        grid: int,
+        threads: int,
+        shared: int,
+        arrays: tuple[str | None, ...],
+        struct: np.dtype[np.void],
+        *values: Any,
+    ) -> None:
+        value = np.array([values], struct)[0]
+        self.launches.append(Launch(kernel, (grid, 1, 1), threads, shared, arrays, value))
+
+    def parameters(self, t: Tile, dtype: str, **given: str | None) -> str:
+        """The dtype that a kernel takes parameters in: that of x, or of the arithmetic."""
+        found = {name: of for name, of in given.items() if of}
+        halves = t.halves or ITEMSIZE[dtype] > 2
+        wanted = dtype if set(found.values()) == {dtype} and halves else ARITHMETIC[dtype]
+        self.casts = {name: wanted for name, of in found.items() if of != wanted}
+        return wanted
+
+    def program(self, results: int = 0) -> Program:
+        return Program(self.given, self.new, results, tuple(self.launches), self.casts)
+
+
+def _stats(w: _Writer, axes: Axes) -> str:
+    return w.make("stats", (4, axes.groups), "float64")
+
+
+def moments(axes: Axes, dtype: str, aligned: bool, eps: float, center: bool) -> Program:
+    """x -> stats"""
+    w = _Writer("x")
+    _moments(w, axes, dtype, bare(tile(axes, ITEMSIZE[dtype], aligned)), eps, center)
+    return w.program(results=1)
+
+
+def normalize(
+    axes: Axes, dtype: str, gamma: str | None, beta: str | None, aligned: bool
+) -> Program:
+    """x, y, gamma, beta, stats ->"""
+    w = _Writer("x", "y", "gamma", "beta", "stats")
+    _normalize(w, axes, dtype, gamma, beta, aligned)
+    return w.program()
+
+
+def forward(
+    axes: Axes,
+    dtype: str,
+    gamma: str | None,
+    beta: str | None,
+    aligned: bool,
+    eps: float,
+    center: bool,
+    keep: bool,
+    update: Update | None = None,
+) -> Program:
+    """x, y, gamma, beta, mean, spread -> stats; one launch, if a block can have all of a group"""
+    w = _Writer("x", "y", "gamma", "beta", "mean", "spread")
+    t = tile(axes, ITEMSIZE[dtype], aligned, PART, bool(gamma or beta))
+    if t.parts > 1:
+        _moments(w, axes, dtype, bare(t), eps, center, update)
+        _normalize(w, axes, dtype, gamma, beta, aligned)
+        return w.program(results=1)
+    needed = keep or t.walk == "Columns"  # whose threads read what others wrote
+    stats = _stats(w, axes) if needed else None
+    param = w.parameters(t, dtype, gamma=gamma, beta=beta)
+    arrays = "x", "y", gamma and "gamma", beta and "beta", stats, None
+    _forward(w, t, BOTH, axes, dtype, param, arrays, eps, center, update)
+    return w.program(results=bool(stats))
+
+
+def _update(update: Update | None) -> tuple[int, int, float, float]:
+    """The values of UPDATE."""
+    if update is None:
+        return NO_UPDATE
+    mean, spread, factor, momentum = update
+    return KINDS.index(mean), KINDS.index(spread), factor or 0.0, momentum
+
+
+def _running(update: Update | None) -> tuple[str | None, str | None]:
+    return ("mean", "spread") if update else (None, None)
+
+
+def _moments(
+    w: _Writer,
+    axes: Axes,
+    dtype: str,
+    t: Tile,
+    eps: float,
+    center: bool,
+    update: Update | None = None,
+) -> None:
+    """The statistics, by a kernel that does nothing else, and another for several parts."""
+    stats, split = _stats(w, axes), t.parts > 1
+    partials = w.make("partials", axes.groups * t.parts, MOMENTS) if split else None
+    arrays = "x", None, None, None, stats, partials
+    at_once = None if split else update
+    _forward(w, t, REDUCE, axes, dtype, ARITHMETIC[dtype], arrays, eps, center, at_once)
+    if split:
+        block = t.parts > MANY
+        grid = axes.groups if block else _up(axes.groups, 8)
+        values = axes.groups, eps, t.parts, _update(update)
+        kernel, tables = f"nk::finish_moments<{block:d}>", (partials, stats, *_running(update))
+        w.launch(kernel, grid, 256, 0, tables, FINISH_MOMENTS, *values)
+
+
+def _normalize(
+    w: _Writer, axes: Axes, dtype: str, gamma: str | None, beta: str | None, aligned: bool
+) -> None:
+    t = tile(axes, ITEMSIZE[dtype], aligned, APPLY_PART, bool(gamma or beta))
+    param = w.parameters(t, dtype, gamma=gamma, beta=beta)
+    arrays = "x", "y", gamma and "gamma", beta and "beta", "stats", None
+    _forward(w, t, APPLY, axes, dtype, param, arrays, 0.0, True)
+
+
+def _forward(
+    w: _Writer,
+    t: Tile,
+    stage: int,
+    axes: Axes,
+    dtype: str,
+    param: str,
+    arrays: tuple[str | None, ...],
+    eps: float,
+    center: bool,
+    update: Update | None = None,
+) -> None:
     """Statistics, or y, or both: kernels/forward.cuh."""
     shared = t.shared(MOMENTS.itemsize) if stage & REDUCE else 0
     # float squares below this may have lost digits that eps does not hide
     least = 0.0 if eps > 1e-15 else 1e-25
-    scalars = *t.geometry.scalars(), np.float64(eps), np.float64(least), np.int32(center)
-    return Prepared(_name("forward", dtype, param, t, stage), t.grid, t.threads, shared, scalars)
+    values = tuple(t.geometry), axes.groups, eps, least, center, _update(update)
+    name, arrays = _name("forward", dtype, param, t, stage), (*arrays, *_running(update))
+    w.launch(name, t.grid[0], t.threads, shared, arrays, FORWARD, *values)
 
 
-@lru_cache(maxsize=8192)
-def finish_moments(groups: int, parts: int, eps: float) -> Prepared:
-    """Statistics from the moments of parts."""
-    scalars = np.int64(groups), np.uint32(parts), np.float64(eps)
-    block = parts > MANY
-    kernel = f"nk::finish_moments<{block:d}>"
-    return Prepared(kernel, (groups if block else _up(groups, 8), 1, 1), 256, 0, scalars)
+def gradients(*key: Any) -> Program:
+    """x, dy, dx, gamma, stats -> dgamma, dbeta, if wanted; `key` are the fields of `_Gradients`"""
+    return _Gradients(*key).program()
 
 
-@lru_cache(maxsize=8192)
-def backward(
-    t: Tile,
-    stage: int,
-    dtype: str,
-    param: str,
-    axes: Axes,
-    center: bool,
-    frozen: bool,
-    blocks: int = 0,
-) -> Prepared:
-    """Sums, or dx, or both, of groups of `axes`: kernels/backward.cuh."""
-    shared = t.shared(PAIR.itemsize) if stage & REDUCE else 0
-    if stage & PARAMS:
-        shared = axes.params * PAIR.itemsize
-    scalars = (
-        *t.geometry.scalars(),
-        *map(np.int64, (axes.group_size * axes.k1, axes.r1, axes.k1)),
-        np.float64(axes.group_size),
-        np.uint32(max(1, t.cells // axes.groups)),
-        np.int32(center),
-        np.int32(frozen),
-        np.int64(t.grid[0]),
+@dataclass
+class _Gradients:
+    """One program of `gradients` in the making."""
+
+    axes: Axes
+    dtype: str
+    given: str | None  #: the dtype of gamma
+    wanted: str | None  #: that of dgamma and dbeta, if they are wanted
+    aligned: bool
+    center: bool
+    frozen: bool
+    sms: int
+
+    def __post_init__(self) -> None:
+        self.w = _Writer("x", "dy", "dx", "gamma", "stats")
+        self.gamma = "gamma" if self.given else None
+        self.tile = self.choose(self.axes, PART, bool(self.wanted or self.given))
+        self.split = self.choose(self.axes, APPLY_PART, bool(self.given))
+        self.param = self.w.parameters(self.tile, self.dtype, gamma=self.given)
+
+    def choose(self, axes: Axes, part: int, affine: bool) -> Tile:
+        return tile(axes, ITEMSIZE[self.dtype], self.aligned, part, affine)
+
+    def program(self) -> Program:
+        results = ("dgamma", "dbeta") if self.wanted else ()
+        for name in results:
+            self.w.make(name, self.axes.params, self.wanted)
+        self.write()
+        return self.w.program(len(results))
+
+    def write(self) -> None:
+        if self.frozen and not self.wanted:
+            self.launch(self.split, APPLY)
+            return
+        cells = self.tile if self.tile.mode == FIXED else None
+        if cells is None and (pieces_ := pieces(self.axes)) is not None:
+            if (by_run := runs(self.axes, self.tile)) is not None:
+                count = self.axes.groups * by_run.geometry.r0
+                table = self.w.make("cells", count, PAIR) if self.wanted else None
+                self.launch(by_run, BOTH, cells=table)
+                if self.wanted:
+                    self.fold("float64", table, count // self.axes.params, 1)
+                return
+            cells = self.choose(pieces_, PART, True)
+        if cells is not None:  # their sums serve both dx and the parameters
+            self.by_cells(cells, bool(self.wanted))
+            return
+        rows = with_params(self.tile) if self.wanted and not self.frozen else None
+        if rows is not None:
+            blocks = min(rows.grid[0], self.sms * (RESIDENT // rows.threads))
+            wide = ARITHMETIC[self.dtype]
+            table = self.w.make("rows", blocks * self.axes.params, PAIRS[wide])
+            self.launch(rows, BOTH | PARAMS, rows=table, blocks=blocks)
+            self.fold(wide, table, blocks, 1)
+            return
+        if self.frozen:
+            self.launch(self.split, APPLY)
+        else:
+            self.by_cells(self.tile, False)
+        if self.wanted:
+            cross = self.choose(crossed(self.axes), PART, False)
+            table = self.w.make("cross", cross.parts * cross.cells, PAIR)
+            self.launch(cross, REDUCE | CROSS, cells=table)
+            self.fold_cells(table, cross)
+
+    def by_cells(self, t: Tile, sums: bool) -> None:
+        """dx by way of the sums of cells, and if `sums` the parameters' gradients."""
+        axes, w, whole = self.axes, self.w, t.parts == 1 and t.geometry[:4] == self.axes[:4]
+        group_cells = t.cells // axes.groups
+        # a group, or in one block a cell, is all that a parameter has
+        alone = axes.params == t.cells and group_cells == t.within == 1
+        own = sums and alone and self.wanted == self.param
+        table = (
+            w.make("cells", t.parts * t.cells, PAIR) if (sums and not own) or not whole else None
+        )
+        if whole:
+            self.launch(t, BOTH, cells=table, own=own)
+        else:
+            self.launch(t, REDUCE, cells=table)
+            means = None
+            if not self.frozen:
+                gamma = self.gamma if t.mode == FIXED else None  # else the sums have it
+                param = self.param if gamma or own else ARITHMETIC[self.dtype]
+                block = t.parts * t.cells > MANY * axes.groups
+                means = w.make("means", axes.groups, PAIR)
+                kernel = f"nk::finish_gradients<{CTYPE[param]}, {block:d}>"
+                w.launch(
+                    kernel,
+                    axes.groups if block else _up(axes.groups, 8),
+                    256,
+                    0,
+                    (table, means, gamma, *(("dgamma", "dbeta") if own else (None, None))),
+                    FINISH_GRADIENTS,
+                    *(axes.groups, axes.params, max(1, t.within), axes.group_size),
+                    *(t.parts, group_cells),
+                )
+            self.launch(self.split, APPLY, means=means)
+            own = own and not self.frozen
+        if sums and not own:
+            self.fold_cells(table, t)
+
+    def launch(
+        self,
+        t: Tile,
+        stage: int,
+        *,
+        cells: str | None = None,
+        means: str | None = None,
+        rows: str | None = None,
+        own: bool = False,
+        blocks: int = 0,
+    ) -> None:
+        """Sums, or dx, or both: kernels/backward.cuh."""
+        axes, g = self.axes, t.geometry
+        shared = t.shared(PAIR.itemsize) if stage & REDUCE else 0
+        if stage & PARAMS:
+            shared = axes.params * PAIR.itemsize
+        fixed = t.mode == FIXED and stage & BOTH == REDUCE  # gamma comes in with `finish`
+        gamma = None if fixed else self.gamma
+        param = self.param if gamma or own else ARITHMETIC[self.dtype]
+        grads = ("dgamma", "dbeta") if own else (None, None)
+        self.w.launch(
+            _name("backward", self.dtype, param, t, stage),
+            blocks or t.grid[0],
+            t.threads,
+            shared,
+            ("x", "dy", "dx", gamma, "stats", cells, means, rows, *grads),
+            BACKWARD,
+            *(tuple(g), axes.groups),
+            *(axes.group_size * axes.k1, axes.r1, axes.k1, t.grid[0], axes.group_size),
+            *(max(1, t.cells // axes.groups), self.center, self.frozen),
+        )
+
+    def fold_cells(self, table: str | None, t: Tile) -> None:
+        rows = t.parts * t.cells // (self.axes.params * t.within)
+        self.fold("float64", table, rows, t.within)
+
+    def fold(self, wide: str, table: str | None, rows: int, within: int) -> None:
+        """dgamma and dbeta from the sums of cells."""
+        assert self.wanted
+        kernel = f"nk::fold<{CTYPE[wide]}, {CTYPE[self.wanted]}>"
+        params, arrays = self.axes.params, (table, "dgamma", "dbeta")
+        threads = 32 * min(32, rows)
+        self.w.launch(kernel, _up(params, 32), threads, 0, arrays, FOLD, rows, params, within)
+
+
+def _per_channel(
+    kernel: str, given: str, new: dict[str, tuple[Any, Any]], count: int, **values: Any
+) -> Program:
+    """A kernel of kernels/channels.cuh, whose arguments are the given arrays, then the new ones."""
+    w = _Writer(*given.split())
+    struct = np.zeros((), CHANNELS)
+    for name, value in ({"count": count} | values).items():
+        if name.endswith("kind"):
+            value = KINDS.index(value) if value else 0
+        struct[name] = value
+    for name, (shape, dtype) in new.items():
+        w.make(name, shape, dtype)
+    absent = {name.removesuffix("_kind") for name, value in values.items() if value is None}
+    arrays = tuple(None if name in absent else name for name in (*w.given, *new))
+    w.launch(f"nk::{kernel}", _up(count, 128), 128, 0, arrays, CHANNELS, *struct[()])
+    return w.program(len(new))
+
+
+def given(count: int, mean: str, spread: str, eps: float | None) -> Program:
+    """mean, spread -> stats"""
+    return _per_channel(
+        "given",
+        "mean spread",
+        {"stats": ((4, count), "float64")},
+        count,
+        mean_kind=mean,
+        spread_kind=spread,
+        eps=-1.0 if eps is None else eps,
     )
-    grid = (blocks, 1, 1) if blocks else t.grid
-    return Prepared(_name("backward", dtype, param, t, stage), grid, t.threads, shared, scalars)
 
 
-@lru_cache(maxsize=8192)
-def finish_gradients(t: Tile, param: str, axes: Axes) -> Prepared:
-    """What dx needs of a group, from the sums of its cells."""
-    scalars = (
-        np.int64(axes.groups),
-        np.uint32(t.parts),
-        np.uint32(t.cells // axes.groups),
-        np.int64(axes.params),
-        np.int64(max(1, t.within)),
-        np.float64(axes.group_size),
+def average(count: int, update: Update) -> Program:
+    """mean, spread, new_mean, new_spread -> : the first two change"""
+    w = _Writer("mean", "spread", "new_mean", "new_spread")
+    w.launch("nk::average", _up(count, 128), 128, 0, w.given, AVERAGE, count, _update(update))
+    return w.program()
+
+
+def renorm(count: int, mean: str, std: str, r_max: float, d_max: float) -> Program:
+    """stats, mean, std -> r and d"""
+    return _per_channel(
+        "renorm",
+        "stats mean std",
+        dict.fromkeys(("r", "d"), (count, "float64")),
+        count,
+        mean_kind=mean,
+        spread_kind=std,
+        r_max=r_max,
+        d_max=d_max,
     )
-    block = t.parts * t.cells > MANY * axes.groups
-    kernel = f"nk::finish_gradients<{CTYPE[param]}, {block:d}>"
-    grid = axes.groups if block else _up(axes.groups, 8)
-    return Prepared(kernel, (grid, 1, 1), 256, 0, scalars)
 
 
-@lru_cache(maxsize=8192)
-def fold(dtype: str, rows: int, params: int, within: int) -> Prepared:
-    """dgamma and dbeta from the sums of cells."""
-    scalars = tuple(map(np.int64, (rows, params, within)))
-    threads = 32 * min(32, rows)
-    return Prepared(f"nk::fold<{CTYPE[dtype]}>", (_up(params, 32), 1, 1), threads, 0, scalars)
+def affine(count: int, gamma: str | None, beta: str | None, dtype: str) -> Program:
+    """gamma, beta, r, d -> scaled, shifted"""
+    new = dict.fromkeys(("scaled", "shifted"), (count, dtype))
+    kinds = {"gamma_kind": gamma, "beta_kind": beta, "kind": dtype}
+    return _per_channel("affine", "gamma beta r d", new, count, **kinds)
 
 
 # Names
@@ -351,12 +700,12 @@ def fold(dtype: str, rows: int, params: int, within: int) -> Prepared:
 def _keep(kernel: str, stage: int, t: Tile | Shape) -> int:
     """How many vectors a thread keeps in registers, or pairs of them; more would spill."""
     if stage & PARAMS:
-        return KEEP_PARAMS
+        return KEEP_PARAMS[t.n]
     if stage & BOTH != BOTH:
         return 0
     if kernel == "forward":
         return 8 if t.wide else 4
-    easy = t.mode == FIXED or (t.mode == ALONG and t.aligned)  # parameters, to read
+    easy = t.mode == FIXED or t.walk == "Runs" or (t.mode == ALONG and t.aligned)
     return 4 if easy or t.limit < 512 else 3
 
 
@@ -379,23 +728,27 @@ class Shape(NamedTuple):
 
 def specialisations() -> Iterator[tuple[str, str]]:
     """(source, C++ name) of every kernel that a plan can ask for."""
-    names = ["nk::fold<float>", "nk::fold<double>"]
+    names = [f"nk::{name}" for name in ("given", "average", "renorm", "affine")]
+    names += [f"nk::fold<{a}, {t}>" for a in ("float", "double") for t in CTYPE.values()]
     names += [f"nk::finish_moments<{block}>" for block in (0, 1)]
     names += [f"nk::finish_gradients<{t}, {block}>" for t in CTYPE.values() for block in (0, 1)]
     for dtype, wide in ARITHMETIC.items():
         v = 16 // ITEMSIZE[dtype]
         teams: list[tuple[str, int, bool, int]] = [("Rows", v, False, 128), ("Rows", v, True, 512)]
         teams += [("Columns", v, True, THREADS[v]), ("Columns", 1, True, THREADS[1])]
-        for team, aligned, mode in product(teams, (True, False), (FIXED, ALONG, ANY)):
+        for team, aligned, mode in product(teams, (True, False), (FIXED, ALONG, EACH, ANY)):
             shape = Shape(*team, aligned, mode)
             rows = shape.walk == "Rows"
-            if (shape.n == 1 and not aligned) or (not rows and mode == ALONG):
+            if (shape.n == 1 and not aligned) or (not rows and mode in (ALONG, EACH)):
                 continue
             halves = {dtype} if rows or (shape.n > 1 and mode == FIXED) else set()
             stages = [(kernel, s) for kernel in ("forward", "backward") for s in (APPLY, BOTH)]
             stages += [("backward", BOTH | PARAMS)] * (mode == ALONG)
             stages += [("backward", REDUCE)] * (mode != FIXED and shape.wide)  # of several parts
             plain = [("forward", REDUCE), ("backward", REDUCE), ("backward", REDUCE | CROSS)]
+            if shape.walk == "Rows" and shape.wide and mode == EACH:  # a group norm's gradient
+                by_run = shape._replace(walk="Runs")
+                names += [_name("backward", dtype, p, by_run, BOTH) for p in halves | {wide}]
             for kernel, stage in stages:
                 names += [_name(kernel, dtype, p, shape, stage) for p in halves | {wide}]
             for kernel, stage in plain * (mode == FIXED):

@@ -145,7 +145,7 @@ class Numba(Backend):
     ) -> Stats:
         work = _work(axes, x.dtype)
         threads = self._pool.threads(x.size)
-        running = _NO_UPDATE
+        running: tuple[Any, ...] = _NO_UPDATE
         if update is not None:
             mean, spread, factor, momentum = update
             running = (mean, spread, _kinds(mean, spread), factor, momentum)
@@ -231,7 +231,7 @@ class Numba(Backend):
         *,
         center: bool,
         frozen: bool,
-        affine: bool,
+        affine: tuple[Any, Any] | None,
     ) -> tuple[Array, Array] | None:
         work = _work(axes, x.dtype)
         parts, units = work.parts, work.units

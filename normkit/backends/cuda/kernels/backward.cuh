@@ -6,25 +6,51 @@ enum { CROSS = 4, PARAMS = 8 };
 // parameter (of Rows a run or a group, of Columns a column), from which both the sums of a group,
 // weighted by gamma, and those of a parameter follow. Where parameters vary from value to value (not
 // FIXED) a cell is a group, and its values are weighted one by one.
-struct __align__(16) Pair {
-  double a, b;
+template <class A> struct __align__(2 * sizeof(A)) PairOf {
+  A a, b;
+};
+typedef PairOf<double> Pair;
+
+// The gradients of parameters.
+template <class P> struct Gradients {
+  P *gamma, *beta;
+  __device__ __forceinline__ void write(i64 i, const Pair& sum) const {
+    typedef typename Arithmetic<P>::type A;
+    narrow((A)sum.b, gamma[i]);
+    narrow((A)sum.a, beta[i]);
+  }
 };
 
-// STAGE: REDUCE writes the sums of cells, part by part. APPLY writes dx from the means of groups. Both:
-// either, with the data kept on chip. REDUCE | CROSS: cells are parameters, whose values have
-// statistics of many groups. REDUCE | APPLY | PARAMS: rows with parameters ALONG; a team keeps the sums
-// of its rows' parameters, and `cells` gets a row of them from every block.
-template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool BLOCK, int THREADS, int STAGE>
+struct Backward {
+  Geometry geometry;
+  i64 groups;
+  i64 outer, inner, count;  // which group a value is of
+  i64 blocks;               // in a grid that gives each team one unit of work
+  double members;           // of a group
+  u32 cells_of_group;
+  int center, frozen;
+};
+
+// STAGE: REDUCE writes the sums of cells, part by part, to `cells` or, where each is all that a
+// parameter has, to dgamma and dbeta. APPLY writes dx from the means of groups. Both: either, with the
+// data kept on chip. REDUCE | CROSS: cells are parameters, whose values have statistics of many groups.
+// A walk over Runs has cells of a run each. REDUCE | APPLY | PARAMS: rows with parameters ALONG; a team keeps the sums of its rows' parameters,
+// and `rows` gets a row of them from every block.
+template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool WIDE, int THREADS, int STAGE>
 __global__ void __launch_bounds__(THREADS, 1)
-backward(const T* x, const T* dy, T* dx, const P* gamma, NK_STATISTICS, Pair* cells, const Pair* means,
-         NK_GEOMETRY, const i64 outer, const i64 inner, const i64 count, const double members,
-         const u32 cells_of_group, const int center, const int frozen, const i64 blocks) {
+backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* cells, const Pair* means,
+         PairOf<typename Arithmetic<T>::type>* rows, P* dgamma, P* dbeta, const Backward task) {
   typedef typename Arithmetic<T>::type A;
   constexpr int N = Walk::N, C = Walk::SUMS;
-  constexpr bool ROWS = Walk::ROWS, OWN = STAGE & PARAMS, SPREAD = STAGE & CROSS;
-  const Geometry g = NK_GEOMETRY_VALUES;
-  const Statistics st = NK_STATISTICS_VALUES;
-  const Index index = g.param(), group_at(outer, inner, count, g.size());
+  constexpr bool ROWS = Walk::ROWS, RUNS = Walk::RUNS, OWN = STAGE & PARAMS, SPREAD = STAGE & CROSS;
+  constexpr bool WEIGHTED = MODE == FIXED || RUNS;  // later: the sums of cells, by gamma
+  const Geometry& g = task.geometry;
+  const Statistics st{stats, task.groups};
+  const Gradients<P> grads{dgamma, dbeta};
+  const i64 inner = task.inner, count = task.count, blocks = task.blocks;
+  const bool center = task.center, frozen = task.frozen;
+  const u32 cells_of_group = task.cells_of_group;
+  const Index index = g.param(), group_at(task.outer, inner, count, g.size());
   A da[OWN ? KEEP : 1][N], db[OWN ? KEEP : 1][N];
 #pragma unroll
   for (int j = 0; j < (OWN ? KEEP : 1); ++j)
@@ -48,11 +74,12 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, NK_STATISTICS, Pair* ce
       A a[C], b[C];
 #pragma unroll
       for (int k = 0; k < C; ++k) a[k] = b[k] = A(0);
+      double sums[2] = {0.0, 0.0};
       visit(walk, [&](int j, const Slot& s, const Vec<T, N>& vx, const Vec<T, N>& vd) {
         A f[N], d[N], w[N];
         vx.open(f);
         vd.open(d);
-        if constexpr (MODE != FIXED) scale.read(s, index, w);
+        if constexpr (!WEIGHTED) scale.read(s, index, w);
         const bool one = SPREAD && s.n > 0 && (inner >= s.n || count == 1) &&
                          group_at(s.at) == group_at(s.at + s.n - 1);  // then so are those between
 #pragma unroll
@@ -60,7 +87,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, NK_STATISTICS, Pair* ce
           if (k >= s.n) continue;
           if (SPREAD && !(one && k)) stat[0] = st.read<A>(group_at(s.at + k));
           f[k] = stat[SPREAD ? 0 : k % C].xhat(f[k]);
-          const A e = MODE == FIXED ? d[k] : w[k] * d[k];
+          const A e = WEIGHTED ? d[k] : w[k] * d[k];
           a[k % C] += e;
           b[k % C] = fma(e, f[k], b[k % C]);
           if constexpr (OWN) {
@@ -68,15 +95,35 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, NK_STATISTICS, Pair* ce
             db[j][k] = fma(d[k], f[k], db[j][k]);
           }
         }
+        if constexpr (RUNS) {
+          if (!walk.ends(j)) return;
+          double own[2] = {(double)a[0], (double)b[0]};
+          team_sum<false>(own, g.lanes);
+          a[0] = b[0] = A(0);
+          if (walk.lane || walk.run(j) >= walk.runs) return;
+          const i64 cell = walk.group * walk.runs + walk.run(j);
+          const double weight = gamma ? (double)widen(gamma[index(cell * g.r1)]) : 1.0;
+          if (cells) cells[cell] = Pair{own[0], own[1]};
+          sums[0] += weight * own[0];
+          sums[1] += weight * own[1];
+        }
       }, held_x, held_dy);
-      if constexpr (ROWS) {
-        double sums[2] = {(double)a[0], (double)b[0]};
-        team_sum<BLOCK>(sums, g.lanes);
-        if (!OWN && cells && walk.leads()) cells[walk.part * g.k0 * g.k1 + walk.group] = Pair{sums[0], sums[1]};
+      if constexpr (RUNS) {
+        team_sum<true>(sums, blockDim.x);
+        mean_a[0] = center && !frozen ? (A)(sums[0] / task.members) : A(0);
+        mean_b[0] = frozen ? A(0) : (A)(sums[1] / task.members);
+      } else if constexpr (ROWS) {
+        sums[0] = (double)a[0], sums[1] = (double)b[0];
+        team_sum<WIDE>(sums, g.lanes);
+        if (!OWN && walk.leads()) {
+          const Pair sum{sums[0], sums[1]};
+          if (cells) cells[walk.part * g.k0 * g.k1 + walk.group] = sum;
+          if (dgamma) grads.write(walk.group, sum);
+        }
         if (STAGE & APPLY && !frozen) {
           const double w = MODE == FIXED ? (double)scale.fixed[0] : 1.0;
-          mean_a[0] = center ? (A)(w * sums[0] / members) : A(0);
-          mean_b[0] = (A)(w * sums[1] / members);
+          mean_a[0] = center ? (A)(w * sums[0] / task.members) : A(0);
+          mean_b[0] = (A)(w * sums[1] / task.members);
         }
       } else {
         Pair* const table = reinterpret_cast<Pair*>(nk_shared);
@@ -94,6 +141,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, NK_STATISTICS, Pair* ce
             sum.b += table[r * walk.width + c].b;
           }
           if (cells) cells[walk.part * g.k0 * columns + cell + c] = sum;
+          if (dgamma) grads.write(cell + c, sum);
           const double w = MODE == FIXED && gamma && STAGE & APPLY ? (double)widen(gamma[index(first + c)]) : 1.0;
           table[c] = Pair{w * sum.a, w * sum.b};
         }
@@ -107,8 +155,8 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, NK_STATISTICS, Pair* ce
               mean_a[k] = mean_a[k > 0 ? k - 1 : 0], mean_b[k] = mean_b[k > 0 ? k - 1 : 0];
             } else if (walk.valid) {
               for (u32 c = 0; c < (u32)g.r1; ++c) sum_a += table[run + c].a, sum_b += table[run + c].b;
-              mean_a[k] = center ? (A)(sum_a / members) : A(0);
-              mean_b[k] = (A)(sum_b / members);
+              mean_a[k] = center ? (A)(sum_a / task.members) : A(0);
+              mean_b[k] = (A)(sum_b / task.members);
             }
           }
         }
@@ -159,51 +207,65 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, NK_STATISTICS, Pair* ce
       }
       __syncthreads();
     }
-    for (u32 e = threadIdx.x; e < g.r1; e += blockDim.x) cells[blockIdx.x * g.r1 + e] = table[e];
+    for (u32 e = threadIdx.x; e < g.r1; e += blockDim.x)
+      rows[blockIdx.x * g.r1 + e] = PairOf<A>{(A)table[e].a, (A)table[e].b};
   }
 }
 
-// The means that dx needs, from all parts of a group's cells: a warp a group, or a block.
-template <class P, bool BLOCK>
+// The means that dx needs, from all parts of a group's cells: a warp a group, or a block. dgamma and dbeta
+// where a group is all that a parameter has.
+struct FinishGradients {
+  i64 groups, params, within;
+  double members;
+  u32 parts, group_cells;
+};
+
+template <class P, bool WIDE>
 __global__ void __launch_bounds__(256)
-finish_gradients(const Pair* cells, Pair* means, const P* gamma, const i64 groups, const u32 parts,
-                 const u32 group_cells, const i64 params, const i64 within, const double members) {
-  const u32 lanes = BLOCK ? blockDim.x : 32, lane = threadIdx.x % lanes;
+finish_gradients(const Pair* cells, Pair* means, const P* gamma, P* dgamma, P* dbeta, const FinishGradients task) {
+  const u32 lanes = WIDE ? blockDim.x : 32, lane = threadIdx.x % lanes;
   const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-  double sums[2] = {0.0, 0.0};
-  if (group < groups)
-    for (u32 i = lane; i < parts * group_cells; i += lanes) {
-      const i64 cell = group * group_cells + i % group_cells;
-      const Pair p = cells[i / group_cells * (groups * group_cells) + cell];
-      const double w = gamma ? (double)widen(gamma[cell / within % params]) : 1.0;
+  double sums[4] = {0.0, 0.0, 0.0, 0.0};
+  if (group < task.groups)
+    for (u32 i = lane; i < task.parts * task.group_cells; i += lanes) {
+      const i64 cell = group * task.group_cells + i % task.group_cells;
+      const Pair p = cells[i / task.group_cells * (task.groups * task.group_cells) + cell];
+      const double w = gamma ? (double)widen(gamma[cell / task.within % task.params]) : 1.0;
       sums[0] += w * p.a;
       sums[1] += w * p.b;
+      sums[2] += p.a;
+      sums[3] += p.b;
     }
-  team_sum<BLOCK>(sums, lanes);
-  if (group < groups && lane == 0) means[group] = Pair{sums[0] / members, sums[1] / members};
+  team_sum<WIDE>(sums, lanes);
+  if (group >= task.groups || lane) return;
+  means[group] = Pair{sums[0] / task.members, sums[1] / task.members};
+  if (dgamma) Gradients<P>{dgamma, dbeta}.write(group, Pair{sums[2], sums[3]});
 }
 
 // dgamma and dbeta: sums over cells (rows, params, within) for every parameter, in the order of rows.
-template <class A>
-__global__ void __launch_bounds__(1024)
-fold(const Pair* cells, A* dgamma, A* dbeta, const i64 rows, const i64 params, const i64 within) {
+struct Fold {
+  i64 rows, params, within;
+};
+
+template <class A, class P>
+__global__ void __launch_bounds__(1024, 1)
+fold(const PairOf<A>* cells, P* dgamma, P* dbeta, const Fold task) {
   __shared__ Pair table[32][32];
   const u32 x = threadIdx.x % 32, y = threadIdx.x / 32, step = blockDim.x / 32;
   const i64 p = (i64)blockIdx.x * 32 + x;
   Pair sum = {0.0, 0.0};
-  if (p < params)
+  if (p < task.params)
 #pragma unroll 4
-    for (i64 row = y; row < rows; row += step)
-      for (i64 i = 0; i < within; ++i) {
-        const Pair c = cells[(row * params + p) * within + i];
+    for (i64 row = y; row < task.rows; row += step)
+      for (i64 i = 0; i < task.within; ++i) {
+        const PairOf<A> c = cells[(row * task.params + p) * task.within + i];
         sum.a += c.a;
         sum.b += c.b;
       }
   table[y][x] = sum;
   __syncthreads();
-  if (y || p >= params) return;
+  if (y || p >= task.params) return;
   for (u32 i = 1; i < step; ++i) sum.a += table[i][x].a, sum.b += table[i][x].b;
-  dgamma[p] = (A)sum.b;
-  dbeta[p] = (A)sum.a;
+  Gradients<P>{dgamma, dbeta}.write(p, sum);
 }
 }  // namespace nk

@@ -43,6 +43,20 @@ __device__ __forceinline__ void narrow(float v, bfloat& h) {
   h.bits = v != v ? 0x7fff : (u16)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 #endif
 }
+__device__ __forceinline__ void narrow(float v, float& f) { f = v; }
+__device__ __forceinline__ void narrow(double v, double& f) { f = v; }
+
+// A value of a dtype known by its place in this list.
+enum { FLOAT, DOUBLE, HALF, BFLOAT };
+__device__ __forceinline__ double get(const void* p, int kind, i64 i) {
+  if (kind == FLOAT) return ((const float*)p)[i];
+  if (kind == DOUBLE) return ((const double*)p)[i];
+  return kind == HALF ? widen(((const half*)p)[i]) : widen(((const bfloat*)p)[i]);
+}
+__device__ __forceinline__ void put(void* p, int kind, i64 i, double v) {
+  if (kind == FLOAT) ((float*)p)[i] = (float)v;
+  else ((double*)p)[i] = v;
+}
 
 // ------------------------------------------------------------------------------------ vectors
 // N neighbouring values, as the whole words that memory accesses move.
@@ -208,17 +222,19 @@ struct Index {
 };
 
 // --------------------------------------------------------------------------------------- sums
-// A team is a block (BLOCK), or `lanes` neighbouring lanes of a warp, a power of two. All of its threads
-// get the sums, added in an order that depends on the size of the team only.
-template <bool BLOCK, int M> __device__ __forceinline__ void team_sum(double (&v)[M], u32 lanes) {
-  const u32 width = BLOCK ? 32 : lanes;
+// A team is `lanes` neighbouring threads: a power of two of a warp's, or (WIDE) whole warps, and then
+// all teams of a block must call. Its threads get the sums, added in an order that depends on `lanes`
+// alone.
+template <bool WIDE, int M> __device__ __forceinline__ void team_sum(double (&v)[M], u32 lanes) {
+  const u32 width = WIDE ? 32 : lanes;
   for (u32 o = width / 2; o > 0; o /= 2) {
 #pragma unroll
     for (int i = 0; i < M; ++i) v[i] += __shfl_xor_sync(~0u, v[i], o);
   }
-  if constexpr (BLOCK) {
+  if constexpr (WIDE) {
     __shared__ double part[M][32];
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = lanes / 32;
+    const u32 first = warp / warps * warps;
     __syncthreads();
     if (lane == 0) {
 #pragma unroll
@@ -226,20 +242,20 @@ template <bool BLOCK, int M> __device__ __forceinline__ void team_sum(double (&v
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < M; ++i) v[i] = lane < warps ? part[i][lane] : 0.0;
+    for (int i = 0; i < M; ++i) v[i] = lane < warps ? part[i][first + lane] : 0.0;
     for (u32 o = 16; o > 0; o /= 2) {
 #pragma unroll
       for (int i = 0; i < M; ++i) v[i] += __shfl_xor_sync(~0u, v[i], o);
     }
   }
 }
-template <bool BLOCK> __device__ __forceinline__ double from_first(double v, u32 lanes) {
-  if constexpr (BLOCK) {
-    __shared__ double value;
+template <bool WIDE> __device__ __forceinline__ double from_first(double v, u32 lanes) {
+  if constexpr (WIDE) {
+    __shared__ double value[32];
     __syncthreads();
-    if (threadIdx.x == 0) value = v;
+    if (threadIdx.x % lanes == 0) value[threadIdx.x / lanes] = v;
     __syncthreads();
-    return value;
+    return value[threadIdx.x / lanes];
   } else {
     return __shfl_sync(~0u, v, 0, lanes);
   }
@@ -251,23 +267,23 @@ struct __align__(16) Moments {
 };
 
 // The moments of all that get(0) ... get(count - 1) hold, by two passes over them.
-template <bool BLOCK, class Get>
+template <bool WIDE, class Get>
 __device__ __forceinline__ Moments combine(u32 lanes, u32 lane, u32 count, Get get) {
-  double shift = from_first<BLOCK>(lane < count ? get(lane).shift : 0.0, lanes);
+  double shift = from_first<WIDE>(lane < count ? get(lane).shift : 0.0, lanes);
   double sums[2] = {0.0, 0.0}, m2[1] = {0.0};
   for (u32 i = lane; i < count; i += lanes) {
     const Moments p = get(i);
     sums[0] += p.n;
     sums[1] += p.n * (p.shift - shift + p.offset);
   }
-  team_sum<BLOCK>(sums, lanes);
+  team_sum<WIDE>(sums, lanes);
   const double offset = sums[1] / sums[0];
   for (u32 i = lane; i < count; i += lanes) {
     const Moments p = get(i);
     const double d = p.shift - shift + p.offset - offset;
     m2[0] += p.m2 + p.n * d * d;
   }
-  team_sum<BLOCK>(m2, lanes);
+  team_sum<WIDE>(m2, lanes);
   return Moments{sums[0], shift, offset, m2[0]};
 }
 }  // namespace nk

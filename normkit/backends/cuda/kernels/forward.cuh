@@ -18,24 +18,42 @@ template <class A> struct Stat {
   __device__ __forceinline__ A unscale(A v) const { return v * rstd * scale; }
 };
 
-struct Statistics {  // of all groups, in global memory, or null where nobody needs them
-  double *mean, *residual, *rstd, *var;
-  template <class A> __device__ __forceinline__ Stat<A> read(i64 group) const {
-    return Stat<A>(mean[group], residual ? residual[group] : 0.0, rstd[group]);
+// Running statistics, and how new ones enter them.
+struct Update {
+  int mean_kind, spread_kind;
+  double factor, momentum;  // factor 0: the new spread is given as its inverse
+  __device__ void operator()(void* mean, void* spread, i64 i, double new_mean, double new_spread) const {
+    const double s = factor == 0.0 ? 1.0 / new_spread : factor * new_spread;
+    const double m = get(mean, mean_kind, i), v = get(spread, spread_kind, i);
+    put(mean, mean_kind, i, m + momentum * (new_mean - m));
+    put(spread, spread_kind, i, v + momentum * (s - v));
   }
-  template <class A>
-  __device__ __forceinline__ Stat<A> finish(i64 group, const Moments& m, double eps, bool writes) const {
+};
+struct Average {
+  i64 count;
+  Update update;
+};
+
+// Of all groups, in global memory: mean, rstd, variance, and (double) what rounding the mean left out,
+// a row each; or null where nobody needs them.
+struct Statistics {
+  double* p;
+  i64 groups;
+  template <class A> __device__ __forceinline__ Stat<A> read(i64 group) const {
+    return Stat<A>(p[group], sizeof(A) == 8 ? p[3 * groups + group] : 0.0, p[groups + group]);
+  }
+  template <class A, class F>
+  __device__ __forceinline__ Stat<A> finish(i64 group, const Moments& m, double eps, bool writes, F update) const {
     const double v = m.m2 / m.n, r = 1.0 / sqrt(v + eps), mu = m.shift + m.offset;
     const double rest = sizeof(A) == 8 && isfinite(mu) ? m.shift - mu + m.offset : 0.0;
-    if (writes && mean) {
-      mean[group] = mu, rstd[group] = r, var[group] = v;
-      if (residual) residual[group] = rest;
+    if (writes && p) {
+      p[group] = mu, p[groups + group] = r, p[2 * groups + group] = v;
+      if (sizeof(A) == 8) p[3 * groups + group] = rest;
     }
+    if (writes) update(group, mu, v);
     return Stat<A>(mu, rest, r);
   }
 };
-#define NK_STATISTICS double *mean, double *residual, double *rstd, double *var
-#define NK_STATISTICS_VALUES {mean, residual, rstd, var}
 
 // Sums of a thread, about its own first values: nothing cancels, and data far from zero lose nothing.
 template <class Walk, class A> struct Sums {
@@ -132,15 +150,24 @@ __device__ __forceinline__ void merge_columns(const Geometry& g, const Columns<N
   }
 }
 
-template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool BLOCK, int THREADS, int STAGE>
+struct Forward {
+  Geometry geometry;
+  i64 groups;
+  double eps, least;
+  int center;
+  Update update;
+};
+
+template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool WIDE, int THREADS, int STAGE>
 __global__ void __launch_bounds__(THREADS, 1)
-forward(const T* x, T* y, const P* gamma, const P* beta, NK_STATISTICS, Moments* partials, NK_GEOMETRY,
-        const double eps, const double least, const int center) {
+forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments* partials, void* running_mean,
+        void* running_spread, const Forward task) {
   typedef typename Arithmetic<T>::type A;
   constexpr int N = Walk::N, C = Walk::SUMS;
   constexpr bool ROWS = Walk::ROWS;
-  const Geometry g = NK_GEOMETRY_VALUES;
-  const Statistics st = NK_STATISTICS_VALUES;
+  const Geometry& g = task.geometry;
+  const Statistics st{stats, task.groups};
+  const bool center = task.center;
   // the half that normalises goes backwards: what the other half read last may still be in the cache
   const Walk walk(g, STAGE == APPLY ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
   Held<T, N, KEEP, ALIGNED> held(x, walk);
@@ -156,16 +183,18 @@ forward(const T* x, T* y, const P* gamma, const P* beta, NK_STATISTICS, Moments*
       if (STAGE == REDUCE && g.parts > 1) {
         if (writes) partials[i * g.parts + walk.part] = m;
       } else {
-        const Stat<A> s = st.finish<A>(i, m, eps, writes);
+        const Stat<A> s = st.finish<A>(i, m, task.eps, writes, [&](i64 i, double mean, double var) {
+          if (running_mean) task.update(running_mean, running_spread, i, mean, var);
+        });
         if (ROWS) stat[0] = s;
       }
     };
     if constexpr (ROWS) {
       Moments own;
-      if (!thread_moments(sums, 0, center, least, own)) own = wide_moments(walk, x, 0, center);
-      finish(walk.group, combine<BLOCK>(g.lanes, walk.lane, g.lanes, [&](u32) { return own; }), walk.leads());
+      if (!thread_moments(sums, 0, center, task.least, own)) own = wide_moments(walk, x, 0, center);
+      finish(walk.group, combine<WIDE>(g.lanes, walk.lane, g.lanes, [&](u32) { return own; }), walk.leads());
     } else {
-      merge_columns(g, walk, sums, x, center, least,
+      merge_columns(g, walk, sums, x, center, task.least,
                     [&](u32 i, const Moments& m, bool writes) { finish(walk.group0 + i, m, writes); });
     }
     if (!ROWS) __syncthreads();  // what was written is read again below
@@ -191,14 +220,25 @@ forward(const T* x, T* y, const P* gamma, const P* beta, NK_STATISTICS, Moments*
 }
 
 // Statistics from the moments of all parts of a group: a warp a group, or a block.
-template <bool BLOCK>
+struct FinishMoments {
+  i64 groups;
+  double eps;
+  u32 parts;
+  Update update;
+};
+
+template <bool WIDE>
 __global__ void __launch_bounds__(256)
-finish_moments(const Moments* partials, NK_STATISTICS, const i64 groups, const u32 parts, const double eps) {
-  const Statistics st = NK_STATISTICS_VALUES;
-  const u32 lanes = BLOCK ? blockDim.x : 32, lane = threadIdx.x % lanes;
+finish_moments(const Moments* partials, double* stats, void* running_mean, void* running_spread,
+               const FinishMoments task) {
+  const u32 lanes = WIDE ? blockDim.x : 32, lane = threadIdx.x % lanes;
   const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-  const Moments m = combine<BLOCK>(lanes, lane, group < groups ? parts : 0,
-                                   [&](u32 i) { return partials[group * parts + i]; });
-  if (group < groups) st.finish<double>(group, m, eps, lane == 0);
+  const bool valid = group < task.groups;
+  const Moments m = combine<WIDE>(lanes, lane, valid ? task.parts : 0,
+                                  [&](u32 i) { return partials[group * task.parts + i]; });
+  if (!valid) return;
+  Statistics{stats, task.groups}.finish<double>(group, m, task.eps, lane == 0, [&](i64 i, double mean, double var) {
+    if (running_mean) task.update(running_mean, running_spread, i, mean, var);
+  });
 }
 }  // namespace nk

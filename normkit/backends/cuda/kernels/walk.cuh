@@ -3,10 +3,6 @@ namespace nk {
 
 // The integers of a launch, which the planner chose. A walk's work (vectors of a group for Rows, rows
 // of a tile of columns for Columns) is cut in `parts` of `per`, `slots` vectors a thread.
-#define NK_GEOMETRY                                                                              \
-  const i64 k0, const i64 r0, const i64 k1, const i64 r1, const i64 params, const i64 span,      \
-      const u32 parts, const u32 per, const u32 slots, const u32 lanes, const u32 columns, const u32 merge
-#define NK_GEOMETRY_VALUES {k0, r0, k1, r1, params, span, parts, per, slots, lanes, columns, merge}
 struct Geometry {
   i64 k0, r0, k1, r1, params, span;
   u32 parts, per, slots;
@@ -29,7 +25,7 @@ struct Slot {
 // one run each. All values of a thread are of one group.
 template <int N_> struct Rows {
   static constexpr int N = N_, SUMS = 1;
-  static constexpr bool ROWS = true;
+  static constexpr bool ROWS = true, RUNS = false;
   u32 lane, lanes, begin, end, slots, part;
   i64 group, base, row, r1;
   bool valid;
@@ -63,7 +59,7 @@ template <int N_> struct Rows {
 // groups of them, and walk down its rows. Every column of a thread has sums of its own.
 template <int N_> struct Columns {
   static constexpr int N = N_, SUMS = N_;
-  static constexpr bool ROWS = false;
+  static constexpr bool ROWS = false, RUNS = false;
   u32 begin, end, slots, part, down, column0, width;  // width: columns of this tile
   i64 tile, group0, base, row, r1;
   bool valid;
@@ -91,6 +87,34 @@ template <int N_> struct Columns {
   }
   __device__ __forceinline__ i64 column(int k) const { return base + k; }
   __device__ __forceinline__ i64 group_of(int k) const { u32 rest; return group0 + by_group(column0 + k, rest); }
+};
+
+// Runs of which each has its own parameter: a block has a group, and a team of some lanes of a warp one
+// run at a time, `per` vectors a thread.
+template <int N_> struct Runs {
+  static constexpr int N = N_, SUMS = 1;
+  static constexpr bool ROWS = true, RUNS = true;
+  u32 lane, lanes, slots, part, teams, team, runs, vectors;
+  i64 group, base, r1;
+  bool valid;
+  Div by_run;
+  __device__ Runs(const Geometry& g, i64 block)
+      : lane(threadIdx.x % g.lanes), lanes(g.lanes), slots(g.slots), part(0), teams(blockDim.x / g.lanes),
+        team(threadIdx.x / g.lanes), runs((u32)g.r0), vectors((u32)((g.r1 + N - 1) / N)), group(block),
+        base(block * g.r0 * g.r1), r1(g.r1), valid(true), by_run(g.per) {}
+  __device__ __forceinline__ u32 run(u32 j) const { u32 rest; return by_run(j, rest) * teams + team; }
+  __device__ __forceinline__ bool ends(u32 j) const { u32 rest; by_run(j, rest); return rest + 1 == by_run.d; }
+  __device__ __forceinline__ Slot at(u32 j) const {
+    u32 v;
+    const u32 run = by_run(j, v) * teams + team;
+    v = v * lanes + lane;
+    if (j >= slots || run >= runs || v >= vectors) return Slot{0, 0, 0, false, false};
+    const i64 at = base + run * r1 + (i64)v * N;
+    return Slot{at, at, (int)min((i64)N, r1 - (i64)v * N), lane == 0, v + 1 == vectors || lane + 1 == lanes};
+  }
+  __device__ __forceinline__ bool leads() const { return threadIdx.x == 0; }
+  __device__ __forceinline__ i64 column(int) const { return base; }
+  __device__ __forceinline__ i64 group_of(int) const { return group; }
 };
 
 // Arrays as a thread sees them: the first KEEP vectors stay in registers, the others are read again.
@@ -130,8 +154,8 @@ __device__ __forceinline__ void visit(const Walk& walk, F f, H& held, Hs&... oth
 }
 
 // gamma and beta. FIXED: as the sums, one for all of a thread's values, or one a column. ALONG: values
-// of a run have neighbouring parameters. ANY: looked up one by one.
-enum { FIXED, ALONG, ANY };
+// of a run have neighbouring parameters. EACH: those of a vector have one. ANY: looked up one by one.
+enum { FIXED, ALONG, EACH, ANY };
 template <class P, class Walk, int MODE, bool ALIGNED> struct Param {
   typedef typename Arithmetic<P>::type A;
   static constexpr int N = Walk::N;
@@ -150,6 +174,10 @@ template <class P, class Walk, int MODE, bool ALIGNED> struct Param {
     if (MODE == FIXED || !p) return;
     if constexpr (MODE == ALONG) {
       load<ALIGNED, N>(p + (s.top - origin), s.n).open(out);
+    } else if constexpr (MODE == EACH) {
+      const A one = s.n > 0 ? (A)widen(p[index(s.at)]) : A(0);
+#pragma unroll
+      for (int k = 0; k < N; ++k) out[k] = one;
     } else {
 #pragma unroll
       for (int k = 0; k < N; ++k)

@@ -1,0 +1,119 @@
+"""One run of the table, for any device: rows in, results out, written as they come."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks import report
+from benchmarks.cases import Case
+from benchmarks.peers import PEERS, Make
+from benchmarks.report import Results
+from benchmarks.timing import Device, time_row
+
+#: bytes an element that a check needs at most: the reference's, in the widest type
+NEEDED = 160
+
+
+def peers(device: str, names: Collection[str]) -> tuple[dict[str, Make], dict[str, str], list[str]]:
+    """The peers that can be imported, of those asked for; their versions; why the others cannot."""
+    makers, versions, absent = {}, {}, []
+    for peer in PEERS:
+        if device not in peer.devices or peer.name not in names:
+            continue
+        try:
+            makers[peer.name] = peer.load()
+            versions[peer.name] = peer.version
+        except ImportError as error:
+            absent.append(f"{peer.name}: {error}")
+    return makers, versions, absent
+
+
+def begin(device: Device, versions: dict[str, str], skipped: list[str]) -> Results:
+    """Results without rows."""
+    ours = ", ".join(f"{name} {version(name)}" for name in ("numpy", "numba"))
+    return {
+        "device": device.name,
+        "machine": device.machine() | {"python": platform.python_version()},
+        "when": datetime.now(UTC).isoformat(timespec="minutes"),
+        "versions": {"normkit": f"with {ours}"} | versions,
+        "skipped": skipped,
+        "failed": [],
+        "rows": [],
+    }
+
+
+def run(
+    table: list[Case],
+    device: Device,
+    makers: dict[str, Make],
+    rounds: int,
+    results: Results,
+    prefix: Path | None = None,
+    time_is_up: Callable[[], bool] = lambda: False,
+) -> None:
+    """Time every case into `results` (a row of an earlier pass is replaced), saved to a prefix."""
+    at = {row["case"]: i for i, row in enumerate(results["rows"])}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    progress = Progress(*columns, TimeRemainingColumn(), console=report.console(), transient=True)
+    with progress:
+        task = progress.add_task("", total=len(table))
+        for done, case in enumerate(table):
+            if time_is_up():
+                who = ", ".join(makers)
+                rest = f"{len(table) - done} rows from {case.name} on, beside {who}"
+                results["skipped"].append(f"{rest}: no time left")
+                break
+            progress.update(task, description=case.name, completed=done)
+            if reason := _too_large(case, device):
+                results["skipped"].append(f"{case.name}: {reason}")
+                continue
+            try:
+                row = time_row(case, device, makers, rounds)
+            except Exception as error:  # the next row may do better; this one is reported
+                results["failed"].append(f"{case.name}: {type(error).__name__}: {error}")
+                continue
+            finally:
+                device.release()
+            if case.name in at:
+                results["rows"][at[case.name]] = row
+            else:
+                results["rows"].append(row)
+            if not progress.console.is_terminal:
+                print(f"{done + 1}/{len(table)} {report.line(row)}", file=sys.stderr, flush=True)
+            if prefix:
+                report.write(Path(f"{prefix}.json"), results)
+    if prefix:
+        report.write(Path(f"{prefix}.json"), results)
+
+
+def conclude(results: Results, prefix: Path | None, compare: Path | None = None) -> int:
+    """Show and write everything; the exit status."""
+    report.show(results)
+    if compare:
+        report.console().print(report.comparison(report.read(compare), results))
+    if prefix:
+        Path(f"{prefix}.md").write_text(report.markdown(results))
+        if find_spec("matplotlib"):
+            from benchmarks import plots
+
+            print(*plots.draw([results], prefix), sep="\n")
+        else:
+            print("no matplotlib: no pictures")
+    return int(bool(results["failed"]))
+
+
+def _too_large(case: Case, device: Device) -> str:
+    if device.name != "cpu":
+        return ""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = NEEDED * case.elements
+    return f"needs {needed >> 30} GB of memory" if needed > memory else ""

@@ -1,0 +1,204 @@
+"""How a row is timed: everyone checked first, then in turns, in one process."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from benchmarks.cases import Array, Case, function, inputs, reference
+from benchmarks.peers import Contestant, Make, Unsupported, plain
+
+Run = Callable[[], Any]
+Row = dict[str, Any]  #: one row of the results, as JSON has it
+
+#: largest error over largest value that a contestant may have
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+FEW, LONG = 3, 2e5  #: samples that are enough of calls of so many microseconds
+OURS = "normkit"
+OUT = "normkit, out="
+
+
+class Device(Protocol):
+    """Where a row is timed."""
+
+    name: str
+    xp: Any  #: the array library of its inputs
+
+    def microseconds(self, run: Run) -> float:
+        """One sample: how long a call takes."""
+
+    def copies(self, size: int) -> dict[str, Run]:
+        """Copies that move `size` bytes, half of them read and half written."""
+
+    def release(self) -> None:
+        """Give back memory kept from a row that is done."""
+
+    def machine(self) -> dict[str, Any]:
+        """What the figures depend on."""
+
+
+@cache
+def _shared_copy() -> Callable[[Array, Array], None]:
+    """Copy by all of Numba's threads."""
+    import numba
+
+    tasks = numba.get_num_threads()
+
+    @numba.njit(parallel=True)
+    def copy(target: Array, source: Array) -> None:
+        n = source.size
+        for i in numba.prange(tasks):
+            low, high = n * i // tasks, n * (i + 1) // tasks
+            target[low:high] = source[low:high]
+
+    return copy
+
+
+class Cpu:
+    """This machine's processor, on as many threads as OMP_NUM_THREADS says, for everyone."""
+
+    name, xp = "cpu", np
+    #: seconds until the threads of the contestant before have stopped spinning for more work, each
+    #: OpenMP runtime in the process having threads of its own
+    settle = 0.03
+    #: seconds to run untimed, until its own threads are awake and spread over the processors
+    wake = 0.02
+    measure = 0.004  #: seconds that a sample takes at least
+
+    def microseconds(self, run: Run) -> float:
+        time.sleep(self.settle)
+        begin, calls = time.perf_counter(), 0
+        while (waking := time.perf_counter() - begin) < self.wake or not calls:
+            run()
+            calls += 1
+        loops = max(1, int(self.measure * calls / waking))
+        gc.disable()
+        begin = time.perf_counter()
+        for _ in repeat(None, loops):
+            run()
+        taken = time.perf_counter() - begin
+        gc.enable()
+        return taken / loops * 1e6
+
+    def copies(self, size: int) -> dict[str, Run]:
+        source = np.zeros(size // 2, np.uint8)
+        target, copy = np.ones_like(source), _shared_copy()
+        return {
+            "copy, 1 thread": lambda: np.copyto(target, source),
+            "copy": lambda: copy(target, source),
+        }
+
+    def release(self) -> None:
+        gc.collect()
+
+    def machine(self) -> dict[str, Any]:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        return {
+            "hardware": models[0] if models else platform.processor(),
+            "threads": int(os.environ["OMP_NUM_THREADS"]),
+            "cores": os.cpu_count(),
+            "load at start": round(os.getloadavg()[0], 2),  # of others: 0 is a quiet machine
+            "allocator": "tuned" if os.environ.get("GLIBC_TUNABLES") else "default",
+        }
+
+
+class Checked(NamedTuple):
+    """Who can do a case, each with its error, and why the others cannot."""
+
+    runs: dict[str, Run]
+    errors: dict[str, float]
+    absent: dict[str, str]
+
+
+def check(case: Case, given: dict[str, Array], peers: dict[str, Make]) -> Checked:
+    """The first call of normkit and its peers, whose results are held against the reference's."""
+    exact = reference(case, given)
+    ours: dict[str, Make] = {OURS: _normkit}
+    if case.direction != "backward":  # which has no out=
+        ours[OUT] = _normkit_out
+    found = Checked({}, {}, {})
+    for who, make in (ours | peers).items():
+        try:
+            contestant = make(case, given)
+            error = _error(contestant, exact)
+        except Unsupported as reason:
+            found.absent[who] = str(reason)
+        except Exception as failure:  # a peer's, reported; the next one may do better
+            if who in ours:
+                raise
+            found.absent[who] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+        else:
+            found.errors[who] = float(f"{error:.2g}")
+            if error < TOLERANCE[case.dtype]:
+                found.runs[who] = contestant.run
+            else:
+                found.absent[who] = f"wrong by {error:.1e}"
+    if wrong := set(ours) - set(found.runs):
+        raise AssertionError(f"{wrong} is {found.absent}")
+    return found
+
+
+def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) -> Row:
+    """Microseconds, spread and error of all who can do the case."""
+    checked = check(case, inputs(case, device.xp), peers)
+    times = in_turns(checked.runs | device.copies(case.bytes), device, rounds)
+    return {
+        "case": case.name,
+        "where": case.where,
+        **{key: getattr(case, key) for key in ("norm", "direction", "dtype", "layout", "shape")},
+        "elements": case.elements,
+        "bytes": case.bytes,
+        "us": {who: round(statistics.median(samples), 3) for who, samples in times.items()},
+        "spread": {who: round(spread(samples), 4) for who, samples in times.items()},
+        "error": checked.errors,
+        "absent": checked.absent,
+    }
+
+
+def in_turns(runs: dict[str, Run], device: Device, rounds: int) -> dict[str, list[float]]:
+    """Samples of everyone, round by round; of who takes long, a few are enough."""
+    times: dict[str, list[float]] = {who: [] for who in runs}
+    for _ in range(rounds):
+        for who, run in runs.items():
+            if len(times[who]) < FEW or min(times[who]) < LONG:
+                times[who].append(device.microseconds(run))
+    return times
+
+
+def spread(samples: list[float]) -> float:
+    """Half the distance between the quartiles over the median: the ± of a median."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return (high - low) / 2 / middle
+
+
+def _normkit(case: Case, given: dict[str, Array]) -> Contestant:
+    return Contestant(function(case, given), plain)
+
+
+def _normkit_out(case: Case, given: dict[str, Array]) -> Contestant:
+    y = given["x"].copy(order="K")  # its pages are there
+    return Contestant(function(case, given, out=y), plain)
+
+
+def _error(contestant: Contestant, exact: tuple[Array, ...]) -> float:
+    """Largest error over largest value, of the worst part of a result."""
+    found = 0.0
+    for got, want in zip(contestant.arrays(contestant.run()), exact, strict=True):
+        if got.shape != want.shape:
+            raise ValueError(f"result of shape {got.shape}, not {want.shape}")
+        error = float(abs(got.astype("float64") - want).max() / abs(want).max())
+        found = max(found, math.inf if math.isnan(error) else error)
+    return found
