@@ -92,7 +92,7 @@ class Cpu:
         return taken / loops * 1e6
 
     def copies(self, size: int) -> dict[str, Run]:
-        source = np.zeros(size // 2, np.uint8)
+        source = np.full(size // 2, 1, np.uint8)  # zeros would all be one page
         target, copy = np.ones_like(source), _shared_copy()
         return {
             "copy, 1 thread": lambda: np.copyto(target, source),
