@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +83,7 @@ class Plan:
     direct: bool  #: x is C-contiguous and native: no view, no copy
     direct_params: bool  #: gamma and beta are as well
     direct_running: bool  #: running statistics are as well, one a group
-    wanted: tuple[Any, Any] | None  #: dtypes of the parameters' gradients, where there are any
+    wanted: tuple[Any, Any] | None  #: dtypes of the gradients of parameters, if there are any
 
 
 @lru_cache(maxsize=8192)
@@ -119,6 +120,8 @@ def _plan(
                 "or pass training=False"
             )
     dtypes = [meta[2].newbyteorder("=") for meta in (gamma, beta) if meta]
+    if found.axes.params > prod(found.param_shape):  # some are to be added up
+        dtypes = [np.dtype(np.float64)] * len(dtypes)
     in_order = found.order == tuple(range(len(found.order)))
     return Plan(
         found,

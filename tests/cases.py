@@ -1,12 +1,14 @@
 """The calls that the tests share: norms, shapes, options, their inputs and their meaning."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
+import cuda_host
 import ml_dtypes  # makes np.dtype("bfloat16") known
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ import normkit as nk
 KERNELS = ["numba"]
 if find_spec("cupy"):
     KERNELS.append(pytest.param("cuda", marks=pytest.mark.gpu))
+if os.environ.get("NORMKIT_FULL") == "1" and not cuda_host.unavailable():
+    KERNELS.append("emulation")  # of the CUDA backend, on NumPy arrays: an hour or two
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 #: the norms that keep running statistics -> what the second of them is called
 SPREAD = {

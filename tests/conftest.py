@@ -4,14 +4,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from cases import KERNELS
+from cuda_host import HostDevice
 
 import normkit as nk
+from normkit import dispatch
+from normkit.backends.cuda import Cuda
+from normkit.backends.cuda.planner import Limits
+from normkit.dispatch import load
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +37,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend that serves the test's calls."""
     if request.param == "cuda":
         request.getfixturevalue("cupy")
+    if request.param == "emulation":
+        request.getfixturevalue("monkeypatch").setattr(dispatch, "load", _load)
     with nk.use_backend(request.param):
         yield request.param
 
@@ -37,7 +46,25 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def xp(backend: str, request: pytest.FixtureRequest) -> Any:
     """The array library of `backend`: make arrays with ``xp.asarray``."""
+    if backend == "emulation":
+        return SimpleNamespace(**vars(np))  # not NumPy itself: arrays have no layouts of the host's
     return request.getfixturevalue("cupy") if backend == "cuda" else np
+
+
+class Emulated(Cuda):
+    """The CUDA backend on NumPy arrays."""
+
+    name = "emulation"
+    arrays = ("numpy",)
+
+
+@cache
+def _emulated() -> Emulated:
+    return Emulated(HostDevice(limits=Limits(sms=2)))
+
+
+def _load(name: str) -> Any:
+    return _emulated() if name == "emulation" else load(name)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,12 @@
-"""What is known of the CUDA backend without a GPU: ``python -m tests.cuda_report``.
+"""What is known of the CUDA backend without a GPU: ``python tests/cuda_report.py``.
 
 How representative calls are launched, which planted bugs the emulation catches, and which kernels
 the tests reach, by regime, direction and dtype.
 """
 
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # as pytest does
-
+import numpy as np
 import test_cuda_backend as backend
 from cuda_host import HostDevice, KernelFault
 from test_cuda_host import BUGS, DIFFER, ORDERS, results
@@ -49,14 +45,9 @@ def plans() -> None:
 
 
 def geometry(call: backend.Call) -> Axes:
-    import numpy as np
-
     with nk.use_backend("reference"):  # which looks at the shape alone here
-        x = np.broadcast_to(np.float32(0), call.shape)
-        like_c = np.lib.stride_tricks.as_strided(
-            x, call.shape, [4 * int(np.prod(call.shape[i + 1 :])) for i in range(x.ndim)]
-        )
-        axes: Axes = call.norm.declare(like_c, **call.options).plan.layout.axes
+        x = np.empty(call.shape, np.float32)
+        axes: Axes = call.norm.declare(x, **call.options).plan.layout.axes
     return axes
 
 
@@ -68,7 +59,7 @@ def show(direction: str, program: Program) -> None:
 
 def bugs() -> None:
     print("\nPlanted bugs: what the emulation says of them, in every order of threads and blocks\n")
-    caught = Counter()
+    caught: Counter[str] = Counter()
     for bug in BUGS:
         found = set()
         for order in ORDERS:
@@ -104,11 +95,7 @@ def coverage() -> None:
         print(f"  {row:50}" + "".join(f"{counts[name] or '':>10}" for name in columns))
 
 
-def main(*_: Any) -> None:
+if __name__ == "__main__":
     plans()
     bugs()
     coverage()
-
-
-if __name__ == "__main__":
-    main()
