@@ -47,6 +47,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 Ints = tuple[int, ...]
+ALTERNATING = "its kept and reduced axes alternate more often than keep-reduce-keep-reduce"
 
 
 class Axes(NamedTuple):
@@ -179,13 +180,17 @@ class Layout:
             array = array.reshape(self.roles.shape)  # one axis cut in two: never a copy
         return array.transpose(self.order)
 
-    def pack_param(self, param: Any, xp: Any) -> Any:
-        """gamma or beta as a contiguous (params,) array in memory order."""
+    def view_param(self, param: Any) -> Any:
+        """gamma or beta with its axes in memory order, and one element on axes it lacks: a view."""
         shape, wide = self.roles.shape, [a for a in self.roles.params if self.roles.shape[a] != 1]
         array = param.reshape([shape[a] for a in wide])
         array = array.transpose([wide.index(a) for a in self.window if a in wide])
-        array = array.reshape([shape[a] if a in wide else 1 for a in self.window])
-        array = xp.broadcast_to(array, [shape[a] for a in self.window])
+        return array.reshape([shape[a] if a in wide else 1 for a in self.window])
+
+    def pack_param(self, param: Any, xp: Any) -> Any:
+        """gamma or beta as a contiguous (params,) array in memory order."""
+        whole = [self.roles.shape[a] for a in self.window]
+        array = xp.broadcast_to(self.view_param(param), whole)
         return xp.ascontiguousarray(array).reshape(-1)
 
     def unpack_param(self, grad: Any) -> Any:
@@ -254,7 +259,7 @@ def layout(shape: Ints, strides: Ints, itemsize: int, rule: Rule, *args: object)
         step *= sizes[a]
     folded = _fold(order, roles)
     if folded is None:
-        copies = "its kept and reduced axes alternate more often than keep-reduce-keep-reduce"
+        copies = ALTERNATING
         order = tuple(sorted(order, key=lambda a: a in roles.reduced))
         folded = _fold(order, roles)
         assert folded is not None

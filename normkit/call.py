@@ -18,7 +18,8 @@ import numpy as np
 
 from normkit.axes import Ints, Layout, Rule, layout
 from normkit.backends.base import Array, Stats, Update
-from normkit.dispatch import backend_for, is_array_library, library, namespace
+from normkit.dispatch import adopt, backend_for, is_array_library, library, namespace
+from normkit.portable import Portable, unwrap
 
 #: dtype -> the type of its arithmetic. Adding a dtype is one row here and one in each backend.
 ARITHMETIC = {
@@ -214,14 +215,15 @@ class Call:
 
     def forward(self) -> Array:
         """The normalised array; running statistics are updated once."""
-        return self._forward(keep=False)[0]
+        y = self._forward(keep=False)[0]
+        return y if type(y) is np.ndarray else unwrap(y)
 
     def vjp(self) -> tuple[Array, Pullback]:
         """The normalised array, and the function from dy to the gradients."""
         if self.out is not None and _same_memory(self.out, self.x):
             raise ValueError("vjp: out is x, which the pullback still needs: give another array")
         y, stats, r, d = self._forward(keep=True)
-        return y, Pullback(self, stats, r, d)
+        return unwrap(y), Pullback(self, stats, r, d)
 
     def _forward(self, keep: bool) -> tuple[Array, Stats | None, Array | None, Array | None]:
         x, plan, running = self.x, self.plan, self.running
@@ -275,7 +277,9 @@ class Call:
     def like_x(self, xp: Any) -> Array:
         """A new array of x's dtype, in native byte order, and layout."""
         x, native = self.x, self.plan.native
-        return xp.empty(x.shape, native) if self.plan.direct else xp.empty_like(x, dtype=native)
+        if self.plan.direct and xp is not type(x):  # a `Portable`, whose layout the plan knows not
+            return xp.empty(x.shape, native)
+        return xp.empty_like(x, dtype=native)
 
     def pack(self, array: Array, dtype: Any) -> Array:
         """`array` (of x's shape) C-contiguous in x's memory order: a view where the layout fits."""
@@ -381,7 +385,7 @@ class Pullback:
             raise type(error)(f"pullback: {error}") from None
         dx = call.like_x(xp)
         if stats is None:
-            return Grads(
+            return _grads(
                 dx,
                 *(
                     None if p is None else xp.zeros_like(p, dtype=p.dtype.newbyteorder("="))
@@ -410,11 +414,11 @@ class Pullback:
             if target is not view:
                 view[...] = target
             if sums is None:
-                return Grads(dx, None, None)
+                return _grads(dx, None, None)
             dgamma, dbeta = sums
             if self._r is not None:
                 dgamma = self._r * dgamma + self._d * dbeta
-            return Grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
+            return _grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
 
     def _grad(self, grad: Array, param: Array | None) -> Array | None:
         if param is None:
@@ -425,6 +429,11 @@ class Pullback:
         if not plan.direct_params:
             grad = plan.layout.unpack_param(grad)
         return grad.astype(param.dtype.newbyteorder("="), copy=False)
+
+
+def _grads(dx: Array, dgamma: Array | None, dbeta: Array | None) -> Grads:
+    grads = Grads(dx, dgamma, dbeta)
+    return grads if type(dx) is np.ndarray else unwrap(grads)
 
 
 def norm(declare: Callable[..., Call]) -> Callable[..., Array]:
@@ -501,14 +510,21 @@ def vjp(norm: Callable[..., Array], x: Array, *args: Any, **options: Any) -> tup
     >>> dbeta is None
     True
     """
+    call: Call = declared("vjp", norm)(x, *args, **options)
+    return call.vjp()
+
+
+def declared(caller: str, norm: Callable[..., Array]) -> Callable[..., Call]:
+    """What makes the `Call` of a norm, or of a `functools.partial` of one."""
     inner = norm.func if isinstance(norm, functools.partial) else norm
-    declare = getattr(inner, "declare", None)
+    declare: Callable[..., Call] | None = getattr(inner, "declare", None)
     if declare is None:
-        raise TypeError(f"vjp: norm={norm!r} is no norm: pass a normkit norm such as layer_norm")
+        raise TypeError(
+            f"{caller}: norm={norm!r} is no norm: pass a normkit norm such as layer_norm"
+        )
     if isinstance(norm, functools.partial):
         declare = functools.partial(declare, *norm.args, **norm.keywords)
-    call: Call = declare(x, *args, **options)
-    return call.vjp()
+    return declare
 
 
 def _checked(x: Array, rule: Rule, args: tuple[object, ...]) -> tuple[object, ...]:
@@ -542,7 +558,7 @@ def _plain(argument: str, array: Any) -> Array:
         backend_for(type(array))
     except TypeError as error:
         raise TypeError(f"{argument}: {error}") from None
-    return array
+    return adopt(array)
 
 
 def _like(argument: str, array: Any, x: Array) -> Array:
@@ -593,6 +609,8 @@ def _same_memory(a: Array, b: Array) -> bool:
         return True
     if _meta(a) != _meta(b) or _apart(a, b):
         return False
+    if isinstance(a, Portable):
+        return _overlap(a, b)
     address = "__array_interface__" if isinstance(a, np.ndarray) else "__cuda_array_interface__"
     return bool(getattr(a, address)["data"][0] == getattr(b, address)["data"][0])
 

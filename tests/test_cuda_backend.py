@@ -22,6 +22,7 @@ import normkit as nk
 from normkit.backends.cuda import Cuda, planner
 from normkit.backends.cuda.planner import Limits
 from normkit.dispatch import load
+from normkit.testing import check_backend
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -337,6 +338,16 @@ def test_data_of_any_size(call: Call, scale: float) -> None:
     for g, w in zip(got, want, strict=True):
         largest = max(float(np.max(np.abs(w))), 1e-37)
         close(g.astype(np.float64) / largest, w.astype(np.float64) / largest, "float32")
+
+
+class HostCuda(Cuda):
+    """The backend for NumPy arrays, as the emulation computes."""
+
+    arrays = ("numpy",)
+
+
+def test_it_conforms() -> None:
+    check_backend(HostCuda(Host()), np, ["float32"])
 
 
 # Cases (a pattern of names) that the kernels do not hold, and why: of all 2,024, 31 and 22.

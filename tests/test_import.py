@@ -16,7 +16,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 #: each imports only from those before it
-ORDER = ["axes", "backends.base", "dispatch", "call", "norms", "moments", "layers"]
+ORDER = ["axes", "backends.base", "portable", "dispatch", "call", "norms", "moments", "layers"]
 CONCRETE = sorted(
     name
     for name in MODULES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +36,13 @@ class Update(NamedTuple):
     momentum: float
 
 
+class Step(NamedTuple):
+    """One launch of a kernel, in words."""
+
+    kernel: str
+    launch: str  #: how it is split or launched
+
+
 class Backend(ABC):
     """Where the arithmetic happens.
 
@@ -42,6 +50,11 @@ class Backend(ABC):
     nothing that `axes` does not. `x`, `y` and `dx` have one dtype, `dy` has that or its arithmetic
     type (float32 for the half types); `gamma` and `beta` are (params,) arrays of any supported
     dtype, or None. `y` may be `x` itself.
+
+    Third parties subclass this as well; `examples/custom_backend.py` is one in full, and
+    `normkit.testing.check_backend` tests it. A library without strides has its arrays taken in
+    logical order, its y and dx are written to by item assignment whatever their shape, and its
+    running statistics are kept without it (`update` is None).
     """
 
     name: ClassVar[str]  #: what `use_backend` takes
@@ -165,3 +178,35 @@ class Backend(ABC):
             gamma = gamma.astype(np.float64)
             scaled, shift = r * gamma, d * gamma
         return scaled, shift if beta is None else shift + beta.astype(np.float64)
+
+    # What can be asked beside the arithmetic; all of it is optional.
+
+    def about(self) -> dict[str, str]:
+        """Facts to show, "version" among them; RuntimeError says why it cannot run here."""
+        return {}
+
+    def steps(
+        self,
+        operation: str,
+        x: Array,
+        axes: Axes,
+        gamma: Array | None,
+        beta: Array | None,
+        running: Update | None,
+        *,
+        center: bool,
+        keep: bool,
+    ) -> list[Step]:
+        """What an operation, named as its method is, would launch, in order.
+
+        No data are read, and arrays may lie otherwise than the operation wants them.
+        """
+        return [Step(operation, "")]
+
+    def copy_seconds(self, size: int) -> float | None:
+        """How long the fastest copy takes here that reads and writes `size` bytes altogether."""
+        return None
+
+    def kernels(self, dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Name, and what compiles it, of every kernel that calls with an x of `dtype` may need."""
+        return iter(())

@@ -86,5 +86,8 @@ class Reference(Backend):
         by_param = xhat.reshape(-1, axes.params, axes.span)
         return (wide_dy * by_param).sum(axis=(0, 2)), wide_dy.sum(axis=(0, 2))
 
+    def about(self) -> dict[str, str]:
+        return {"version": np.__version__}
+
 
 backend = Reference()

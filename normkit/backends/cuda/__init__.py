@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from normkit.axes import Axes
-from normkit.backends.base import Array, Backend, Stats, Update
+from normkit.backends.base import Array, Backend, Stats, Step, Update
 from normkit.backends.cuda import planner
 from normkit.backends.cuda.planner import ARITHMETIC, Device, Program
 
@@ -139,6 +139,43 @@ class Cuda(Backend):
         scaled, shifted = self._run(planner.affine, key, gamma, beta, r, d)
         return scaled, shifted
 
+    def steps(
+        self,
+        operation: str,
+        x: Array,
+        axes: Axes,
+        gamma: Array | None,
+        beta: Array | None,
+        running: Update | None,
+        *,
+        center: bool,
+        keep: bool,
+    ) -> list[Step]:
+        dtype, affine = _name(x.dtype), (_dtype(gamma), _dtype(beta))
+        aligned, eps = self._aligned(x, gamma, beta), 1e-5  # which no launch depends on
+        if operation == "moments":
+            program = planner.moments(axes, dtype, self._aligned(x), eps, center)
+        elif operation == "normalize":
+            program = planner.normalize(axes, dtype, *affine, aligned)
+        elif operation == "affine":
+            program = planner.affine(axes.params, *affine, ARITHMETIC[dtype])
+        elif operation == "forward":
+            of = None if running is None else _of(running)
+            program = planner.forward(axes, dtype, *affine, aligned, eps, center, keep, of)
+        else:
+            assert running is not None
+            count, of = running.mean.size, _of(running)
+            if operation == "average":
+                program = planner.average(count, of)
+            elif operation == "renorm":
+                program = planner.renorm(count, *of[:2], 1.0, 0.0)
+            else:
+                program = planner.given(count, *of[:2], eps)
+        return [
+            Step(a.kernel, f"grid {a.grid[0]}, block {a.threads}, {a.shared} bytes shared")
+            for a in program.launches
+        ]
+
     def _values(self, stats: Stats) -> Array:
         if isinstance(stats, Table):
             return stats.values
@@ -206,7 +243,7 @@ def __getattr__(attribute: str) -> Cuda:
     """`backend`, once it is asked for: plans can be read without CuPy."""
     if attribute != "backend":
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
-    from normkit.backends.cuda.device import CuPyDevice  # imports cupy
+    from normkit.backends.cuda.device import CuPyCuda  # imports cupy
 
-    globals()["backend"] = found = Cuda(CuPyDevice())
+    globals()["backend"] = found = CuPyCuda()
     return found

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import cupy
 import numpy as np
 
+from normkit.backends.cuda import Cuda
 from normkit.backends.cuda.compiler import function
-from normkit.backends.cuda.planner import Launch, Limits
+from normkit.backends.cuda.planner import Launch, Limits, needed
 
 OLDEST = 13, 4  # the first CuPy that is tested
 if tuple(map(int, cupy.__version__.split(".")[:2])) < OLDEST:
     raise ImportError(f"CuPy {cupy.__version__} is too old: {'.'.join(map(str, OLDEST))} is needed")
 
+_COPIES = 10  # of which the mean time is taken
 _current = cupy.cuda.runtime.getDevice
 
 
@@ -64,3 +67,34 @@ class CuPyDevice:
             run(grid, block, arrays + last, shared)
 
         return start
+
+
+class CuPyCuda(Cuda):
+    """The backend on a GPU, and what can be asked of one."""
+
+    def __init__(self) -> None:
+        super().__init__(CuPyDevice())
+
+    def about(self) -> dict[str, str]:
+        device = cupy.cuda.Device()
+        name = cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
+        return {
+            "version": cupy.__version__,
+            "device": f"{name} (sm_{device.compute_capability})",
+            "cache": os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache")),
+        }
+
+    def copy_seconds(self, size: int) -> float:
+        a, b = (cupy.ones(max(1, size // 16)) for _ in range(2))
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        cupy.copyto(b, a)
+        start.record()
+        for _ in range(_COPIES):
+            cupy.copyto(b, a)
+        end.record()
+        end.synchronize()
+        return float(cupy.cuda.get_elapsed_time(start, end)) / 1000 / _COPIES
+
+    def kernels(self, dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
+        for kernel in needed(dtype):
+            yield kernel, partial(function, kernel, 0, _current())

@@ -15,6 +15,7 @@ What comes out is a `Program`, pure data: the arrays to make and the kernels to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -754,3 +755,16 @@ def specialisations() -> Iterator[tuple[str, str]]:
             for kernel, stage in plain * (mode == FIXED):
                 names.append(_name(kernel, dtype, wide, shape, stage))
     yield from ((source(), name) for name in names)
+
+
+def needed(dtype: str) -> Iterator[str]:
+    """The kernels that calls with an x of `dtype` can ask for."""
+    own, wide = CTYPE[dtype], CTYPE[ARITHMETIC[dtype]]
+    for _, kernel in specialisations():
+        types = re.findall(r"nk::half|nk::bfloat|\bfloat\b|\bdouble\b", kernel)
+        if kernel.startswith(("nk::forward", "nk::backward")):
+            found = types[0] == own and set(types) <= {own, wide}
+        else:  # of parameters and statistics
+            found = set(types[-1:]) <= {own, wide}
+        if found:
+            yield kernel

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from itertools import product
 from typing import Any
 
+import numba
 import numpy as np
 
 from normkit.axes import Axes
-from normkit.backends.base import Array, Backend, Stats, Update
+from normkit.backends.base import Array, Backend, Stats, Step, Update
 from normkit.backends.numba import kernels as k
 from normkit.backends.numba.threads import Pool
 
@@ -104,6 +107,10 @@ def _kinds(mean: Array, spread: Array) -> int:
     """What the kernels must know of running statistics."""
     kinds = k.WIDE_MEAN if mean.dtype.itemsize == 8 else 0
     return kinds | k.WIDE_SPREAD if spread.dtype.itemsize == 8 else kinds
+
+
+def _compile(*kernel: Any) -> None:
+    _ = k.compiled(*kernel).share  # for one thread and for several
 
 
 class Numba(Backend):
@@ -292,6 +299,53 @@ class Numba(Backend):
         if work.repeat > 1:
             grads = grads.reshape(2, -1, work.repeat).sum(axis=2)
         return grads[0], grads[1]
+
+    def steps(self, operation: str, x: Array, axes: Axes, *_: Any, **options: Any) -> list[Step]:
+        if operation not in ("moments", "normalize", "forward"):
+            return []  # no kernel's, or part of one of these
+        work = _work(axes, x.dtype)
+        kernel, unit = ("rows_forward", "group") if work.rows else ("columns_forward", "slab")
+        threads = self._pool.threads(axes.groups * axes.group_size)
+
+        def step(does: str, tasks: int, unit: str) -> Step:
+            shared = f" on {min(threads, tasks)} threads" if threads > 1 and tasks > 1 else ""
+            return Step(kernel, f"{does}: {tasks} {unit}{'s' * (tasks != 1)}{shared}")
+
+        scarce = work.scarce(threads)
+        if operation == "forward" and not scarce:
+            return [step(f"statistics and result, {unit} by {unit}", work.units, unit)]
+        found = []
+        if operation != "normalize":
+            if scarce:
+                found.append(step("sums", work.units * work.parts, "part"))
+            found.append(step("statistics", work.units, unit))
+            if scarce and work.real == np.float64 and options["center"]:
+                found *= 2  # about 0, then about the mean
+        if operation != "moments":
+            found.append(step("result", work.stretches, "piece"))
+        return found
+
+    def copy_seconds(self, size: int) -> float:
+        return self._pool.copy_seconds(size)
+
+    def kernels(self, dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
+        real = "float64" if dtype == "float64" else "float32"
+        forward = k.rows_forward, k.columns_forward
+        backward = (
+            k.rows_backward,
+            k.rows_backward_params,
+            k.columns_backward,
+            k.param_sums,
+            k.slab_params,
+        )
+        needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
+        needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))
+        for kernel in needed:
+            yield f"{kernel[0].__name__} of {dtype}", partial(_compile, *kernel)
+
+    def about(self) -> dict[str, str]:
+        folder = k.enter.stats.cache_path
+        return {"version": numba.__version__, **self._pool.about(), "cache": folder}
 
 
 backend = Numba()

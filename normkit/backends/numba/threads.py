@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from time import perf_counter
 from typing import Any
 
 import numba
+import numpy as np
 
 #: elements of work from which on threads pay, by threading layer: a region costs about 2 us under
 #: OpenMP and TBB, 85 us under workqueue
@@ -49,3 +52,27 @@ class Pool:
                 self._entered.release()
         else:
             kernel.run(kernel.address, call, tasks)
+
+    def about(self) -> dict[str, str]:
+        """Numba's threading layer and its threads, which it starts if need be."""
+        if self._lost:
+            return {"threads": "1 (a forked child has no others)"}
+        threads = numba.get_num_threads()
+        layer = numba.threading_layer()  # type: ignore[attr-defined]
+        return {"threading layer": layer, "threads": str(threads)}
+
+    def copy_seconds(self, size: int) -> float:
+        """How long NumPy needs, on one thread or on all, for a copy that moves so many bytes."""
+        a, b = np.ones(max(1, size // 16)), np.ones(max(1, size // 16))
+        threads = 1 if self._lost else numba.get_num_threads()
+        shares = list(zip(np.array_split(b, threads), np.array_split(a, threads), strict=True))
+        alone, together = [], []
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in range(7):
+                start = perf_counter()
+                np.copyto(b, a)
+                middle = perf_counter()
+                wait([pool.submit(np.copyto, *share) for share in shares])
+                alone.append(middle - start)
+                together.append(perf_counter() - middle)
+        return min(alone + together)
