@@ -169,3 +169,13 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fail)
     monkeypatch.delitem(vars(sys.modules["normkit.backends.cuda"]), "backend", raising=False)
     assert "no usable GPU or driver: cudaErrorInsufficientDriver" in unavailable()
+
+
+def test_explain_reads_no_data(machine: "Machine") -> None:
+    given = {name: machine.array(a) for name, a in arguments(nk.batch_norm).items()}
+    said = nk.explain(nk.batch_norm, **given)
+    assert machine.launched == []
+    assert said.array == "cupy float32 (4, 6, 5, 5)"
+    assert said.backend == "cuda"
+    nk.batch_norm(**given)
+    assert [kernel for _, kernel in machine.launched] == [step.kernel for step in said.steps]

@@ -15,7 +15,6 @@ What comes out is a `Program`, pure data: the arrays to make and the kernels to 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -759,12 +758,10 @@ def specialisations() -> Iterator[tuple[str, str]]:
 
 def needed(dtype: str) -> Iterator[str]:
     """The kernels that calls with an x of `dtype` can ask for."""
-    own, wide = CTYPE[dtype], CTYPE[ARITHMETIC[dtype]]
-    for _, kernel in specialisations():
-        types = re.findall(r"nk::half|nk::bfloat|\bfloat\b|\bdouble\b", kernel)
-        if kernel.startswith(("nk::forward", "nk::backward")):
-            found = types[0] == own and set(types) <= {own, wide}
-        else:  # of parameters and statistics
-            found = set(types[-1:]) <= {own, wide}
-        if found:
-            yield kernel
+    others = tuple(
+        f"nk::{walk}<{other},"
+        for walk in ("forward", "backward")
+        for name, other in CTYPE.items()
+        if name != dtype
+    )
+    yield from (kernel for _, kernel in specialisations() if not kernel.startswith(others))
