@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -412,7 +413,8 @@ def group_norm(
     if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
         kind = type(num_groups).__name__
         raise TypeError(f"num_groups={num_groups!r} must be a positive int, not {kind}")
-    return Call(x, gamma, beta, per_sample, channel_axis, int(num_groups), eps=eps, out=out)
+    groups = operator.index(num_groups)
+    return Call(x, gamma, beta, per_sample, channel_axis, groups, eps=eps, out=out)
 
 
 @norm
@@ -558,7 +560,7 @@ def normalize(
     """
     options = choose(method, options)
     if method in ("layer", "rms"):
-        if hasattr(x, "shape"):
+        if getattr(x, "shape", ()):
             per_sample(x.shape, channel_axis)  # which refuses what is no channel axis
         options |= {"axis": tuple(range(1, getattr(x, "ndim", 2))), "param_axis": channel_axis}
     else:

@@ -24,7 +24,10 @@ class Stats(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Running statistics, (groups,) arrays of float32 or float64, and how a step enters them.
+    """Running statistics, arrays of float32 or float64, and how a step enters them.
+
+    For `Backend.forward` they are contiguous, one value a group; for `Backend.average` as the user
+    gave them, and the new statistics are shaped alike.
 
     ``mean += momentum * (new mean - mean)``, and likewise ``spread`` with ``factor * new spread``,
     or, with `factor` None, ``1 / new spread``.

@@ -19,6 +19,7 @@ from normkit.backends.numba.threads import Pool
 _SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 _PART = 1 << 16  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
+_KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _NO_UPDATE = (None, None, 0, 0.0, 0.0)
 _RUN = 1024  #: runs of parameters are repeated up to this length
@@ -26,7 +27,7 @@ _RUN = 1024  #: runs of parameters are repeated up to this length
 
 @dataclass(frozen=True)
 class Work:
-    """How the kernels go about one geometry; a function of a group's shape, not of the batch."""
+    """How the kernels go about one geometry: the same whatever the size of an outermost batch."""
 
     dtype: str
     real: Any  #: dtype of the arithmetic
@@ -59,6 +60,8 @@ class Work:
 @lru_cache(maxsize=4096)
 def _work(axes: Axes, dtype: Any) -> Work:
     k0, r0, k1, r1, params, span = axes
+    if params == 1:
+        span = r0 * k1 * r1  # whatever it is: no batch may change the formula
     rows = r0 == 1 or r1 >= _SHORT
     repeat = tile = 1
     if rows:
@@ -93,10 +96,18 @@ def _constant(value: float, count: int, real: Any) -> Array:
     return constant
 
 
+def _default(value: float, work: Work) -> Array:
+    """A parameter that was not given; what is kept for the next call is small."""
+    count = work.axes.params
+    return (
+        _constant(value, count, work.real) if count <= _KEPT else np.full(count, value, work.real)
+    )
+
+
 def _param(param: Array | None, default: float, work: Work) -> Array:
     """gamma or beta as the kernels read it."""
     if param is None:
-        return _constant(default, work.axes.params, work.real)
+        return _default(default, work)
     if param.dtype != work.real:
         with np.errstate(over="ignore"):
             param = param.astype(work.real)
@@ -255,7 +266,7 @@ class Numba(Backend):
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
             self._pool.run(compiled, call + numbers, tasks, threads)
 
-        if affine and work.rows and span == r0 == k1 == 1 and params <= k.ROW_LIMIT:
+        if affine and work.rows and span == r0 == k1 == 1 and max(params, r1) <= k.ROW_LIMIT:
             rows = k.ROW_BLOCK * max(1, -(-k0 // (_MOST_PARTS * k.ROW_BLOCK)))
             blocks = -(-k0 // rows)
             shares = np.empty((blocks, 2, params))

@@ -1073,6 +1073,9 @@ def _column_sums(call, unit, part, shift, sums, to):
         at = origin + row * stride
         _sum_columns(call.x, at, many * stride, 8, many * columns, shift, sums, to)
         row += 8 * many
+    while row + 8 <= end:
+        _sum_columns(call.x, origin + row * stride, stride, 8, columns, shift, sums, to)
+        row += 8
     while row < end:
         _sum_columns(call.x, origin + row * stride, stride, 1, columns, shift, sums, to)
         row += 1
@@ -1476,6 +1479,10 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
             at, wide = origin + row * stride, many * columns
             _sum_column_grads(dy, x, at, many * stride, 4, wide, factor, high, low, sums, to)
             row += 4 * many
+        while row + 4 <= end:
+            at = origin + row * stride
+            _sum_column_grads(dy, x, at, stride, 4, columns, factor, high, low, sums, to)
+            row += 4
         while row < end:
             at = origin + row * stride
             _sum_column_grads(dy, x, at, stride, 1, columns, factor, high, low, sums, to)
