@@ -410,10 +410,13 @@ def group_norm(
     >>> nk.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
+    try:
+        groups = None if isinstance(num_groups, bool) else operator.index(num_groups)
+    except TypeError:
+        groups = None
+    if groups is None:
         kind = type(num_groups).__name__
         raise TypeError(f"num_groups={num_groups!r} must be a positive int, not {kind}")
-    groups = operator.index(num_groups)
     return Call(x, gamma, beta, per_sample, channel_axis, groups, eps=eps, out=out)
 
 

@@ -166,6 +166,7 @@ BAD: list[tuple[Any, ...]] = [
     ("group_norm", {"num_groups": 1.0}, TypeError, ["num_groups=1.0", "positive int"]),
     ("group_norm", {"num_groups": True}, TypeError, ["num_groups=True", "positive int"]),
     ("group_norm", {"num_groups": "2"}, TypeError, ["num_groups='2'", "positive int"]),
+    ("group_norm", {"num_groups": np.array(2.5)}, TypeError, ["num_groups=", "positive int"]),
     ("group_norm", {"num_groups": None}, TypeError, ["num_groups=None", "positive int"]),
     ("group_norm", {"num_groups": [2]}, TypeError, ["num_groups", "int", "list"]),
     # numbers
@@ -533,3 +534,9 @@ def test_no_memory_for_the_result_leaves_statistics() -> None:
             getattr(nk, norm)(x, **statistics)
         assert statistics["running_mean"].tolist() == [0, 0, 0]
         assert statistics[spread].tolist() == [1, 1, 1]
+
+
+def test_normalize_takes_no_scalar() -> None:
+    for method in ("layer", "batch"):
+        with pytest.raises(TypeError, match="is a scalar"):
+            nk.normalize(np.float64(3), method)

@@ -333,6 +333,8 @@ ALONE = [
     Case(nk.layer_norm, (40_000, 17)),
     Case(nk.rms_norm, (600, 1023)),
     Case(nk.layer_norm, (300, 5, 7, 33), {"axis": (1, 3)}),
+    Case(nk.rms_norm, (200, 1)),
+    Case(nk.instance_norm, (40, 1, 3)),
     Case(nk.instance_norm, (70, 30, 17, 17)),
     Case(nk.group_norm, (70, 30, 17, 17), {"num_groups": 5}),
 ]
@@ -377,6 +379,16 @@ def test_a_sample_has_the_same_bits_whatever_the_others_hold(
             dx_then = pullback(lay_out(dy)).x
             assert same_bits(y_then[0], y[0]), (layout, value)
             assert same_bits(dx_then[0], dx[0]), (layout, value)
+
+
+@kernels
+def test_parameters_that_repeat_along_a_row_have_exact_gradients(backend: str, xp: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 256, 511)).astype("float32")
+    dy, ones = np.full_like(x, 0.1), np.ones(511, "float32")
+    options = {"axis": (1, 2), "param_axis": 2}
+    _, pullback = nk.vjp(nk.layer_norm, *map(xp.asarray, (x, ones, ones)), **options)
+    got = numpy(pullback(xp.asarray(dy)).beta)
+    np.testing.assert_allclose(got, dy.sum(axis=(0, 1), dtype="float64"), rtol=1.2e-7)
 
 
 @each_norm
