@@ -253,6 +253,18 @@ def test_a_sample_has_the_same_bits_in_any_batch(call: Call, dtype: str) -> None
             assert one_dx.tobytes() == dx[i : i + 1].tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [1e31, np.inf])
+def test_a_column_keeps_its_bits_beside_one_that_overflows(dtype: str, value: float) -> None:
+    """A vector holds columns of several groups."""
+    x = np.random.default_rng(0).standard_normal((1500, 8)).astype(dtype)
+    with serving(Host()) as device:
+        want = nk.layer_norm(device.moved(x), axis=0)
+        x[:, 3] *= np.array(value, dtype)
+        got = nk.layer_norm(device.moved(x), axis=0)
+    assert np.delete(got, 3, 1).tobytes() == np.delete(want, 3, 1).tobytes()
+
+
 SHAPES = [(6, 8, 5, 5), (6, 5, 7, 7), (2, 3, 110, 111), (40, 24), (1100, 24)]
 
 

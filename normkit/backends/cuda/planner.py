@@ -706,7 +706,9 @@ def _keep(kernel: str, stage: int, t: Tile | Shape) -> int:
     if kernel == "forward":
         return 8 if t.wide else 4
     easy = t.mode == FIXED or t.walk == "Runs" or (t.mode == ALONG and t.aligned)
-    return 4 if easy or t.limit < 512 else 2 if t.mode == ANY else 3
+    if easy or t.limit < 512:
+        return 4
+    return 3 if t.mode == EACH and t.aligned else 2
 
 
 def _name(kernel: str, dtype: str, param: str, t: Tile | Shape, stage: int) -> str:

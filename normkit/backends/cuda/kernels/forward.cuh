@@ -131,11 +131,12 @@ __device__ __forceinline__ void merge_columns(const Geometry& g, const Columns<N
   const u32 mine = threadIdx.x / g.lanes;
   if (walk.valid) {
     Moments* const own = table + mine * walk.width + walk.column0;
-    bool held = true;
+    u32 wide = 0;  // columns that float does not hold; their neighbours keep their bits
 #pragma unroll
-    for (int k = 0; k < N; ++k) held &= thread_moments(sums, k, center, least, own[k]);
+    for (int k = 0; k < N; ++k) wide |= (u32)!thread_moments(sums, k, center, least, own[k]) << k;
 #pragma unroll 1
-    for (int k = held ? N : 0; k < N; ++k) own[k] = wide_moments(walk, x, k, center);
+    for (int k = 0; k < N && wide >> k; ++k)
+      if (wide >> k & 1) own[k] = wide_moments(walk, x, k, center);
   }
   __syncthreads();
   const Div by_run((u32)g.r1);
