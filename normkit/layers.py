@@ -23,7 +23,7 @@ import numpy as np
 from normkit.axes import Ints
 from normkit.backends.base import Array
 from normkit.call import ARITHMETIC, Call, Pullback
-from normkit.norms import METHODS, OPTIONS, choose
+from normkit.norms import METHODS, OPTIONS, choose, read_per_channel
 
 T = TypeVar("T")
 _STATE = ("gamma", "beta", "running_mean", "running_var", "running_std", "step")
@@ -167,7 +167,7 @@ class Layer:
             options["momentum"] = 1 / (1 + (self.step or 0))
         return options
 
-    def _axes(self, ndim: int) -> dict[str, Any]:
+    def _axes(self, x: Array) -> dict[str, Any]:
         raise NotImplementedError
 
     def _call(self, x: Array, out: Array | None = None, **axes: Any) -> Call:
@@ -181,7 +181,7 @@ class Layer:
         return call
 
     def _run(self, do: Callable[[Call], T], x: Array, out: Array | None) -> T:
-        call = self._call(x, out, **self._axes(getattr(x, "ndim", 2)))
+        call = self._call(x, out, **self._axes(x))
         result = do(call)
         if self.step is not None and not call.frozen and call.x.size:
             self.step += 1
@@ -208,7 +208,7 @@ class _PerChannel(Layer):
     _: KW_ONLY
     channel_axis: int | Ints = 1
 
-    def _axes(self, ndim: int) -> dict[str, Any]:
+    def _axes(self, x: Array) -> dict[str, Any]:
         return {"channel_axis": self.channel_axis}
 
 
@@ -221,10 +221,10 @@ class _Rows(Layer):
     _: KW_ONLY
     channel_axis: int | None = None
 
-    def _axes(self, ndim: int) -> dict[str, Any]:
+    def _axes(self, x: Array) -> dict[str, Any]:
         if self.channel_axis is None:
             return {"axis": tuple(range(-len(self._shape), 0))}
-        return {"axis": tuple(range(1, ndim)), "param_axis": self.channel_axis}
+        return read_per_channel(self.method, x, self.channel_axis)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

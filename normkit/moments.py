@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -194,8 +195,10 @@ class Moments:
         call = batch_norm.declare(x, channel_axis=self.channel_axis)  # type: ignore[attr-defined]
         found = Moments(self.channel_axis)
         if x.size:
-            layout, packed = call.plan.layout, call.pack(call.x, call.plan.native)
-            stats = call.backend.moments(packed, layout.axes, eps=0.0, center=True)
+            layout = call.plan.layout
+            with call.backend.elsewhere(call.x) or nullcontext():
+                packed = call.pack(call.x, call.plan.native)
+                stats = call.backend.moments(packed, layout.axes, eps=0.0, center=True)
             mean = stats.mean.astype(np.float64)  # the reference backend has more
             rest = stats.mean - mean + (0 if stats.residual is None else stats.residual)
             m2 = stats.var * layout.axes.group_size

@@ -514,6 +514,15 @@ def choose(
     return kept
 
 
+def read_per_channel(method: str, x: Array, channel_axis: int) -> dict[str, Any]:
+    """The arguments for `method`'s axes with parameters per channel."""
+    if method not in ("layer", "rms"):
+        return {"channel_axis": channel_axis}
+    if getattr(x, "shape", ()):
+        per_sample(x.shape, channel_axis)  # which refuses what is no channel axis
+    return {"axis": tuple(range(1, getattr(x, "ndim", 2))), "param_axis": channel_axis}
+
+
 @norm
 def normalize(
     x: Array,
@@ -562,11 +571,6 @@ def normalize(
     [[-1.  1. -1.  1.]]
     """
     options = choose(method, options)
-    if method in ("layer", "rms"):
-        if getattr(x, "shape", ()):
-            per_sample(x.shape, channel_axis)  # which refuses what is no channel axis
-        options |= {"axis": tuple(range(1, getattr(x, "ndim", 2))), "param_axis": channel_axis}
-    else:
-        options["channel_axis"] = channel_axis
+    options |= read_per_channel(method, x, channel_axis)
     call: Call = METHODS[method].declare(x, gamma, beta, **options)  # type: ignore[attr-defined]
     return call

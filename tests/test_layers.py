@@ -353,3 +353,9 @@ def test_other_sizes_are_refused_with_and_without_parameters(case: Case) -> None
     layer = case.layer()
     with pytest.raises(ValueError, match=r"expected"):
         layer(x)
+
+
+def test_the_batch_axis_is_no_channel_axis() -> None:
+    for method in ("layer", "rms", "instance"):
+        with pytest.raises(ValueError, match="batch axis"):
+            nk.layers.create(method, 4, channel_axis=0)(np.ones((4, 3), "float32"))
