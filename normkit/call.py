@@ -590,24 +590,28 @@ def _overlap(a: Array, b: Array) -> bool:
     return bool(np.shares_memory(a, b) if xp is np else xp.may_share_memory(a, b))
 
 
-def _apart(*arrays: Any) -> bool:
-    """Whether each array plainly has memory of its own: much cheaper than asking for overlaps."""
+def _apart(written: tuple[Array, ...], read: tuple[Array | None, ...]) -> bool:
+    """Whether what is written plainly shares no memory: much cheaper than asking for overlaps.
+
+    What is only read may be one array twice.
+    """
     owners = []
-    for array in arrays:
+    for array in written + read:
         if array is not None:
             if array.base is not None:
                 array = _owner(array)
                 if array.base is not None:
                     return False
             owners.append(id(array))
-    return len(set(owners)) == len(owners)
+    own = set(owners[: len(written)])
+    return len(own) == len(written) and own.isdisjoint(owners[len(written) :])
 
 
 def _same_memory(a: Array, b: Array) -> bool:
     """Whether two arrays are one: the same elements at the same addresses."""
     if a is b:
         return True
-    if _meta(a) != _meta(b) or _apart(a, b):
+    if _meta(a) != _meta(b) or _apart((a,), (b,)):
         return False
     if isinstance(a, Portable):
         return _overlap(a, b)
@@ -649,8 +653,7 @@ def _check_updated(running: Running, call: Call) -> None:
     mean, spread = running.mean, running.spread
     _writeable("running_mean", mean)
     _writeable(running.spread_name, spread)
-    beta = None if call.beta is call.gamma else call.beta  # they may be one array
-    if _apart(mean, spread, call.x, call.gamma, beta):
+    if _apart((mean, spread), (call.x, call.gamma, call.beta)):
         return
     both = (("running_mean", mean), (running.spread_name, spread))
     inputs = (("x", call.x), ("gamma", call.gamma), ("beta", call.beta))
@@ -676,7 +679,7 @@ def _check_out(out: Array, call: Call) -> Array:
         others["x"] = x
     if running is not None:
         others |= {"running_mean": running.mean, running.spread_name: running.spread}
-    if _apart(out, *{id(array): array for array in others.values()}.values()):
+    if _apart((out,), tuple(others.values())):
         return out
     for argument, array in others.items():
         if array is not None and _overlap(out, array):

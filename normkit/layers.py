@@ -12,6 +12,7 @@ GroupNorm(64, num_groups=8)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from importlib import import_module
@@ -30,7 +31,7 @@ _STATE = ("gamma", "beta", "running_mean", "running_var", "running_std", "step")
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class Layer:
+class Layer(ABC):
     """What all layers share: each keeps its norm's arguments as attributes of the same names.
 
     Parameters
@@ -167,8 +168,9 @@ class Layer:
             options["momentum"] = 1 / (1 + (self.step or 0))
         return options
 
+    @abstractmethod
     def _axes(self, x: Array) -> dict[str, Any]:
-        raise NotImplementedError
+        """The norm's arguments that say which axes it is about."""
 
     def _call(self, x: Array, out: Array | None = None, **axes: Any) -> Call:
         declare = METHODS[self.method].declare  # type: ignore[attr-defined]

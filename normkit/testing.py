@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from normkit.backends.base import Array, Backend
-from normkit.call import vjp
+from normkit.call import ARITHMETIC, vjp
 from normkit.dispatch import use_backend
 from normkit.norms import (
     batch_norm,
@@ -30,7 +30,7 @@ from normkit.norms import (
     rms_norm,
 )
 
-DTYPES = "float16", "bfloat16", "float32", "float64"
+DTYPES = tuple(ARITHMETIC)
 OFFSETS = 0.0, 1e2, 1e4, 1e6  #: means of data whose standard deviation is 1
 SPREAD = {
     "batch_norm": "running_var",
@@ -117,7 +117,7 @@ CASES = [
 
 def statistics(dtype: str) -> str:
     """The dtype of the running statistics that go with x's."""
-    return "float64" if dtype == "float64" else "float32"
+    return np.dtype(ARITHMETIC[dtype]).name
 
 
 # Arrays of any library

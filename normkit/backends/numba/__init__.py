@@ -283,8 +283,9 @@ class Numba(Backend):
         kernel = k.rows_backward if work.rows else k.columns_backward
         needs_sums = sums is not None or not frozen
         if work.scarce(threads) or not needs_sums:
-            partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
+            partial = None
             if needs_sums:
+                partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
                 run(kernel, k.SUMS, units * parts, partial, sums)
             run(kernel, k.APPLY, work.stretches, partial, sums)
         else:
