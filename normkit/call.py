@@ -7,6 +7,7 @@ of them share is here: validation, the dtype rule, memory order, running statist
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normkit.axes import Ints, Layout, Rule, layout
-from normkit.backends.base import Array, Stats, Update
-from normkit.dispatch import adopt, backend_for, is_array_library, library, namespace
+from normkit.backends.base import Array, Launch, Stats, Update
+from normkit.dispatch import (
+    adopt,
+    backend_for,
+    chosen_backend,
+    is_array_library,
+    library,
+    namespace,
+)
 from normkit.portable import Portable, unwrap
 
 #: dtype -> the type of its arithmetic. Adding a dtype is one row here and one in each backend.
@@ -209,9 +217,11 @@ class Call:
         if not eps and center and running is None and self.plan.layout.axes.group_size == 1:
             self.eps = 1.0  # a group of one element gives beta, not 0/0
         if running is not None and not frozen:
-            _check_updated(running, self)
+            _check_updated(running.mean, running.spread, running.spread_name, x, gamma, beta)
         if out is not None:
-            self.out = _check_out(out, self)
+            self.out = _check_out(out, x)
+            mean, spread, spread_name = running[:3] if running else (None, None, "")
+            _check_written(self.out, x, gamma, beta, mean, spread, spread_name)
 
     def forward(self) -> Array:
         """The normalised array; running statistics are updated once."""
@@ -237,7 +247,7 @@ class Call:
         if plan.empty:
             return y, None, None, None
         packed = x if plan.direct else self.pack(x, plan.native)
-        view, target = (y, y) if plan.direct and self.out is None else self.target(y)
+        view, target = self.target(y)
         gamma, beta = (self.gamma, self.beta) if plan.direct_params else self.params()
         stats, r, d = None, None, None
         axes, backend = plan.layout.axes, self.backend
@@ -260,19 +270,42 @@ class Call:
             backend.normalize(packed, axes, stats, gamma, beta, target)
             self._update(running, stats.mean, stats.rstd, None)
         else:
-            update, factor = None, axes.group_size / (axes.group_size - 1)
-            if plan.direct_running:
-                update = Update(running.mean, running.spread, factor, running.momentum)
+            update, fused = self._entry(running), plan.direct_running
             stats = backend.forward(
                 packed, axes, gamma, beta, target, eps=self.eps, center=True,
-                keep=keep or update is None, update=update,
+                keep=keep or not fused, update=update if fused else None,
             )  # fmt: skip
-            if update is None:
+            if not fused:
                 assert stats is not None
-                self._update(running, stats.mean, stats.var, factor)
+                self._update(running, stats.mean, stats.var, update.factor)
         if target is not view:
             view[...] = target
         return y, stats, r, d
+
+    def prepare(self) -> Launch | None:
+        """What runs the kernels of calls like this one; None if there is more to do than that."""
+        plan, running = self.plan, self.running
+        if plan.empty or not (plan.direct and plan.direct_params):
+            return None
+        if self.out is not None and self.out.strides != self.x.strides:
+            return None
+        eps: float | None = self.eps
+        update = None
+        if running is not None:
+            if not plan.direct_running or (running.clip and not self.frozen):
+                return None
+            update = self._entry(running)
+            eps = None if running.clip else self.eps
+        return self.backend.prepare(
+            self.x, plan.layout.axes, self.gamma, self.beta, update,
+            eps=eps, center=self.center, frozen=self.frozen,
+        )  # fmt: skip
+
+    def _entry(self, running: Running) -> Update:
+        """How variances of this call enter running ones."""
+        size = self.plan.layout.axes.group_size
+        factor = None if self.frozen else size / (size - 1)
+        return Update(running.mean, running.spread, factor, running.momentum)
 
     def like_x(self, xp: Any) -> Array:
         """A new array of x's dtype, in native byte order, and layout."""
@@ -294,7 +327,8 @@ class Call:
 
     def target(self, result: Array) -> tuple[Array, Array]:
         """`result` (of x's shape) in memory order, and where to write it: there, if contiguous."""
-        if self.plan.direct and result is not self.out:
+        new = self.out is None or result is not self.out
+        if self.plan.direct and (new or result.strides == self.x.strides):
             return result, result
         view = self.plan.layout.view(result)
         if view.flags.c_contiguous and view.dtype == self.plan.native:
@@ -436,8 +470,16 @@ def _grads(dx: Array, dgamma: Array | None, dbeta: Array | None) -> Grads:
     return grads if type(dx) is np.ndarray else unwrap(grads)
 
 
-def norm(declare: Callable[..., Call]) -> Callable[..., Array]:
+def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., Array]:
     """Make a function that declares a `Call` the norm itself, which runs it.
+
+    Parameters
+    ----------
+    declare : callable
+        ``declare(x, gamma, beta, ...)`` gives the `Call`.
+    pure : bool
+        It depends on its arguments alone, so that a call with arrays like those of a call before,
+        and the same other arguments, need not be declared and checked again: half the overhead.
 
     Examples
     --------
@@ -453,6 +495,8 @@ def norm(declare: Callable[..., Call]) -> Callable[..., Array]:
     """
 
     name = declare.__name__
+    parameters = tuple(inspect.signature(declare).parameters)
+    known: dict[Any, Callable[..., Array] | None] = {}  #: signature -> `_repeat` of such a call
 
     def named(error: Exception) -> Exception:
         message = str(error)  # Python's own, on a wrong signature, begin with the name
@@ -467,14 +511,72 @@ def norm(declare: Callable[..., Call]) -> Callable[..., Array]:
 
     @functools.wraps(declare)
     def run(*args: Any, **options: Any) -> Array:
-        try:  # as `checked`, a Python call the less
+        signature = _signature(args, options) if pure else None
+        again = known.get(signature, _NEW)
+        try:
+            if again:
+                return again(*args, *options.values(), None)
             call = declare(*args, **options)
         except (TypeError, ValueError) as error:
             raise named(error) from None
-        return call.forward()
+        y = call.forward()
+        if again is _NEW and signature is not None:
+            if len(known) >= _KNOWN:
+                known.clear()
+            known[signature] = _repeat(call, (*parameters[: len(args)], *options))
+        return y
 
     run.declare = checked  # type: ignore[attr-defined]
     return run
+
+
+_KNOWN = 4096  #: signatures that a norm knows at most
+_NEW: Any = ()  #: what it knows of another
+#: Types whose values, with the type, tell one call from another: True == 1 == 1.0.
+_VALUES = frozenset({bool, int, float, str, type(None)})
+
+
+def _signature(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What checking a call looks at, who owns memory apart; None if it is not that simple."""
+    found: list[Any] = [chosen_backend(), *options]
+    for value in (*args, *options.values()):
+        kind = type(value)
+        if kind is np.ndarray:
+            found += value.shape, value.strides, value.dtype
+        elif kind in _VALUES:
+            found += kind, value
+        else:
+            return None
+    return tuple(found)
+
+
+def _repeat(call: Call, names: tuple[str, ...]) -> Callable[..., Array] | None:
+    """What runs a call that differs from `call` in its arrays' data alone.
+
+    It takes the values of the arguments called `names`, then None, and checks what the signature
+    does not tell. Only the plainest calls have it: theirs is the overhead that shows.
+    """
+    launch, running = call.prepare(), call.running
+    if launch is None:
+        return None
+    spread_name = running.spread_name if running else ""
+    places = {name: place for place, name in enumerate(names)}
+    roles = ("x", "gamma", "beta", "running_mean", spread_name, "out")
+    pick = operator.itemgetter(*(places.get(role, -1) for role in roles))
+    updates = running is not None and not call.frozen
+
+    def again(*values: Any) -> Array:
+        x, gamma, beta, mean, spread, y = pick(values)
+        if updates:
+            _check_updated(mean, spread, spread_name, x, gamma, beta)
+        if y is None:
+            y = np.empty(x.shape, x.dtype)
+        else:
+            _check_written(y, x, gamma, beta, mean, spread, spread_name)
+        launch(x, y, gamma, beta, mean, spread)
+        return y
+
+    return again
 
 
 def vjp(norm: Callable[..., Array], x: Array, *args: Any, **options: Any) -> tuple[Array, Pullback]:
@@ -648,43 +750,49 @@ def _check_running(running: tuple[Meta, Meta, str], layout: Layout, x_shape: Int
             )
 
 
-def _check_updated(running: Running, call: Call) -> None:
+def _check_updated(
+    mean: Array, spread: Array, spread_name: str, x: Array, gamma: Array | None, beta: Array | None
+) -> None:
     """Whether running statistics can be updated in place."""
-    mean, spread = running.mean, running.spread
     _writeable("running_mean", mean)
-    _writeable(running.spread_name, spread)
-    if _apart((mean, spread), (call.x, call.gamma, call.beta)):
+    _writeable(spread_name, spread)
+    if _apart((mean, spread), (x, gamma, beta)):
         return
-    both = (("running_mean", mean), (running.spread_name, spread))
-    inputs = (("x", call.x), ("gamma", call.gamma), ("beta", call.beta))
+    both = (("running_mean", mean), (spread_name, spread))
+    inputs = (("x", x), ("gamma", gamma), ("beta", beta))
     for argument, array in both:
         for name, other in inputs:
             if other is not None and _overlap(array, other):
                 raise ValueError(f"{argument} overlaps {name}: it is updated in place, so copy it")
     if _overlap(mean, spread):
-        raise ValueError(f"running_mean overlaps {running.spread_name}: give each its own array")
+        raise ValueError(f"running_mean overlaps {spread_name}: give each its own array")
 
 
-def _check_out(out: Array, call: Call) -> Array:
-    x, running = call.x, call.running
+def _check_out(out: Array, x: Array) -> Array:
+    """`out` as an array of x's library, shape and dtype."""
     out = _like("out", out, x)
     if out.shape != x.shape or out.dtype != x.dtype:
         raise (ValueError if out.dtype == x.dtype else TypeError)(
             f"out has shape {out.shape} and dtype {out.dtype}: expected those of x, "
             f"{x.shape} and {x.dtype}"
         )
+    return out
+
+
+def _check_written(
+    out: Array, x: Array, gamma: Array | None, beta: Array | None,
+    mean: Array | None, spread: Array | None, spread_name: str,
+) -> None:  # fmt: skip
+    """Whether `out` can be written to while the others are read."""
     _writeable("out", out)
-    others = {"gamma": call.gamma, "beta": call.beta}
-    if not _same_memory(out, x):
-        others["x"] = x
-    if running is not None:
-        others |= {"running_mean": running.mean, running.spread_name: running.spread}
-    if _apart((out,), tuple(others.values())):
-        return out
+    if _apart((out,), (x, gamma, beta, mean, spread)):
+        return
+    others = {"x": x, "gamma": gamma, "beta": beta, "running_mean": mean, spread_name: spread}
+    if _same_memory(out, x):
+        del others["x"]
     for argument, array in others.items():
         if array is not None and _overlap(out, array):
             raise ValueError(
                 f"out overlaps {argument}: give an array of its own"
                 + (", or x itself" if argument == "x" else "")
             )
-    return out

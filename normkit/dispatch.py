@@ -33,6 +33,7 @@ _HANDOVER = {
 }
 _registered: dict[str, Backend] = {}
 _chosen: ContextVar[Backend | None] = ContextVar("normkit_backend", default=None)
+chosen_backend = _chosen.get  #: what `use_backend` chose, None by default
 
 
 class Availability(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from normkit.axes import over, per_channel, per_channel_of_samples, per_sample
 from normkit.backends.base import Array
 from normkit.call import Call, Running, norm, number
+
+_norm = partial(norm, pure=True)
 
 
 def _flag(argument: str, value: object) -> bool:
@@ -37,7 +40,7 @@ def _running(
     return Running(mean, spread, spread_name, momentum, clip)
 
 
-@norm
+@_norm
 def batch_norm(
     x: Array,
     gamma: Array | None = None,
@@ -119,7 +122,7 @@ def batch_norm(
     )
 
 
-@norm
+@_norm
 def batch_renorm(
     x: Array,
     gamma: Array | None = None,
@@ -223,7 +226,7 @@ def batch_renorm(
     )
 
 
-@norm
+@_norm
 def layer_norm(
     x: Array,
     gamma: Array | None = None,
@@ -282,7 +285,7 @@ def layer_norm(
     return Call(x, gamma, beta, over, axis, param_axis, eps=eps, out=out)
 
 
-@norm
+@_norm
 def instance_norm(
     x: Array,
     gamma: Array | None = None,
@@ -354,7 +357,7 @@ def instance_norm(
     )
 
 
-@norm
+@_norm
 def group_norm(
     x: Array,
     gamma: Array | None = None,
@@ -420,7 +423,7 @@ def group_norm(
     return Call(x, gamma, beta, per_sample, channel_axis, groups, eps=eps, out=out)
 
 
-@norm
+@_norm
 def rms_norm(
     x: Array,
     gamma: Array | None = None,
@@ -523,7 +526,7 @@ def read_per_channel(method: str, x: Array, channel_axis: int) -> dict[str, Any]
     return {"axis": tuple(range(1, getattr(x, "ndim", 2))), "param_axis": channel_axis}
 
 
-@norm
+@_norm
 def normalize(
     x: Array,
     method: str,

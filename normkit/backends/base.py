@@ -39,6 +39,10 @@ class Update(NamedTuple):
     momentum: float
 
 
+#: ``launch(x, y, gamma, beta, running mean, running spread)``
+Launch = Callable[[Array, Array, Array | None, Array | None, Array | None, Array | None], None]
+
+
 class Step(NamedTuple):
     """One launch of a kernel, in words."""
 
@@ -134,6 +138,25 @@ class Backend(ABC):
     ) -> None:
         """`given` and `normalize`: a backend may fuse them."""
         self.normalize(x, axes, self.given(mean, spread, eps), gamma, beta, y)
+
+    def prepare(
+        self,
+        x: Array,
+        axes: Axes,
+        gamma: Array | None,
+        beta: Array | None,
+        update: Update | None,
+        *,
+        eps: float | None,
+        center: bool,
+        frozen: bool,
+    ) -> Launch | None:
+        """What does the same as `forward` without `keep`, or as `infer` if `frozen`, to any arrays
+        of the shapes, strides and dtypes of these; None where little would be saved.
+
+        Without data: the arrays are examples.
+        """
+        return None
 
     def elsewhere(self, x: Array) -> AbstractContextManager[Any] | None:
         """What makes the device of `x` the current one; None if it is, or there is but one."""

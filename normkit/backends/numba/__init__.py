@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from normkit.axes import Axes
-from normkit.backends.base import Array, Backend, Stats, Step, Update
+from normkit.backends.base import Array, Backend, Launch, Stats, Step, Update
 from normkit.backends.numba import kernels as k
 from normkit.backends.numba.threads import Pool
 
@@ -114,10 +114,15 @@ def _param(param: Array | None, default: float, work: Work) -> Array:
     return param if work.as_given else np.tile(param.repeat(work.repeat), work.tile)
 
 
-def _kinds(mean: Array, spread: Array) -> int:
-    """What the kernels must know of running statistics."""
+def _running(update: Update | None, eps: float | None) -> tuple[Any, ...]:
+    """Running statistics as the kernels take them."""
+    if update is None:
+        return _NO_UPDATE
+    mean, spread, factor, momentum = update
     kinds = k.WIDE_MEAN if mean.dtype.itemsize == 8 else 0
-    return kinds | k.WIDE_SPREAD if spread.dtype.itemsize == 8 else kinds
+    kinds |= k.WIDE_SPREAD if spread.dtype.itemsize == 8 else 0
+    kinds |= k.DEVIATION if eps is None else 0
+    return mean, spread, kinds, factor or 0.0, momentum
 
 
 def _compile(*kernel: Any) -> None:
@@ -163,10 +168,7 @@ class Numba(Backend):
     ) -> Stats:
         work = _work(axes, x.dtype)
         threads = self._pool.threads(x.size)
-        running: tuple[Any, ...] = _NO_UPDATE
-        if update is not None:
-            mean, spread, factor, momentum = update
-            running = (mean, spread, _kinds(mean, spread), factor, momentum)
+        running = _running(update, eps)
         if work.scarce(threads):
             stats = self._stats(work)
             self._by_parts(work, x, stats, running, eps, center, threads)
@@ -191,9 +193,46 @@ class Numba(Backend):
         beta: Array | None,
         y: Array,
     ) -> None:
-        kinds = _kinds(mean, spread) | (k.DEVIATION if eps is None else 0)
-        running = (mean, spread, kinds, 0.0, 0.0)
+        running = _running(Update(mean, spread, None, 0.0), eps)
         self._apply(_work(axes, x.dtype), x, gamma, beta, y, _NONE, running, eps or 0.0)
+
+    def prepare(
+        self,
+        x: Array,
+        axes: Axes,
+        gamma: Array | None,
+        beta: Array | None,
+        update: Update | None,
+        *,
+        eps: float | None,
+        center: bool,
+        frozen: bool,
+    ) -> Launch | None:
+        work, elements = _work(axes, x.dtype), x.size
+        if work.parts > 1 and not frozen:  # several launches, perhaps: it is large
+            return None
+        as_given = work.as_given and all(p is None or p.dtype == work.real for p in (gamma, beta))
+        kernel, run, threads = work.forward, self._pool.run, self._pool.threads
+        stage, tasks = (k.APPLY, work.stretches) if frozen else (k.ALL, work.units)
+        kinds, factor, momentum = _running(update, eps)[2:]
+        numbers = (kinds, factor, momentum, work.axes, eps or 0.0, center, stage, 0, work.parts)
+
+        def launch(
+            x: Array,
+            y: Array,
+            gamma: Array | None,
+            beta: Array | None,
+            mean: Array | None,
+            spread: Array | None,
+        ) -> None:
+            if gamma is None or not as_given:
+                gamma = _param(gamma, 1.0, work)
+            if beta is None or not as_given:
+                beta = _param(beta, 0.0, work)
+            call = (x, y, gamma, beta, None, None, None, None, None, mean, spread, *numbers)
+            run(kernel, call, tasks, threads(elements))
+
+        return launch
 
     @staticmethod
     def _stats(work: Work) -> Stats:
