@@ -523,7 +523,8 @@ def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., A
         if again is _NEW and signature is not None:
             if len(known) >= _KNOWN:
                 known.clear()
-            known[signature] = _repeat(call, (*parameters[: len(args)], *options))
+            arguments = dict(zip(parameters, args, strict=False)) | options
+            known[signature] = _repeat(call, arguments)
         return y
 
     run.declare = checked  # type: ignore[attr-defined]
@@ -550,20 +551,24 @@ def _signature(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...
     return tuple(found)
 
 
-def _repeat(call: Call, names: tuple[str, ...]) -> Callable[..., Array] | None:
-    """What runs a call that differs from `call` in its arrays' data alone.
+def _repeat(call: Call, arguments: dict[str, Any]) -> Callable[..., Array] | None:
+    """What runs a call that differs from `call` in its arrays' data alone, given its `arguments`.
 
-    It takes the values of the arguments called `names`, then None, and checks what the signature
-    does not tell. Only the plainest calls have it: theirs is the overhead that shows.
+    It takes their values, then None, and checks what the signature does not tell. Only the plainest
+    calls have it: theirs is the overhead that shows.
     """
-    launch, running = call.prepare(), call.running
+    launch = call.prepare()
     if launch is None:
         return None
-    spread_name = running.spread_name if running else ""
-    places = {name: place for place, name in enumerate(names)}
-    roles = ("x", "gamma", "beta", "running_mean", spread_name, "out")
-    pick = operator.itemgetter(*(places.get(role, -1) for role in roles))
-    updates = running is not None and not call.frozen
+    mean, spread, spread_name = call.running[:3] if call.running else (None, None, "")
+    arrays = {"x": call.x, "gamma": call.gamma, "beta": call.beta}
+    arrays |= {"running_mean": mean, spread_name: spread, "out": call.out}
+    if any(array is not None and array is not arguments.get(n) for n, array in arrays.items()):
+        return None  # made from the arguments, we know not how
+    names = list(arguments)
+    places = (-1 if array is None else names.index(name) for name, array in arrays.items())
+    pick = operator.itemgetter(*places)
+    updates = call.running is not None and not call.frozen
 
     def again(*values: Any) -> Array:
         x, gamma, beta, mean, spread, y = pick(values)

@@ -45,6 +45,10 @@ CALLS: dict[str, Any] = {
         running(a, "running_std") | {"training": False},
     ),
     "by name": lambda a: (functools.partial(nk.normalize, method="group"), {"num_groups": 3}),
+    "by name, statistics ignored": lambda a: (
+        functools.partial(nk.normalize, method="layer"),
+        running(a) | {"num_groups": 3},
+    ),
     "in place": lambda a: (nk.batch_norm, {"out": a["x"]}),
     "out": lambda a: (nk.layer_norm, {"axis": 1, "param_axis": 1, "out": np.empty_like(a["x"])}),
     "out, transposed": lambda a: (
@@ -116,6 +120,18 @@ def test_only_calls_that_differ_in_what_is_checked_are_checked() -> None:
         norm(*args, **options)
         checked.append(calls[0] > before)
     assert checked == [1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0]
+
+
+def test_a_norm_may_make_its_parameters_from_its_arguments() -> None:
+    @functools.partial(nk.norm, pure=True)
+    def norm(x, weight, bias=None):  # type: ignore[no-untyped-def]
+        """RMS norm as some models have it."""
+        return nk.Call(x, weight + 1, bias, over, -1, center=False)
+
+    x, weight = np.ones((3, 4), np.float32), np.arange(4, dtype=np.float32)
+    for scale in (1, 2, 3):
+        assert same_bits(norm(x, weight * scale)[0], weight * scale + 1)
+        assert same_bits(norm(x, 0 * weight, weight * scale)[0], weight * scale + 1)
 
 
 def test_the_chosen_backend_is_asked() -> None:

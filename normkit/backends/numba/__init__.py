@@ -58,11 +58,17 @@ class Work:
 
 
 @lru_cache(maxsize=4096)
-def _work(axes: Axes, dtype: Any) -> Work:
+def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
+    """How to go about `axes`; with `sums` about gradients, those of parameters among them."""
     k0, r0, k1, r1, params, span = axes
     if params == 1:
         span = r0 * k1 * r1  # whatever it is: no batch may change the formula
+    by_param = sums and span == 1  # columns then give what the parameters need
+    if by_param and r0 == k1 == 1 and params <= k.SLAB and r1 > k.ROW_LIMIT:
+        r0, r1 = r1 // params, params
     rows = r0 == 1 or r1 >= _SHORT
+    if by_param and r0 > 1 and r1 <= k.SLAB and k1 * r1 % params == 0:
+        rows = False
     repeat = tile = 1
     if rows:
         if 1 < span < _SHORT // 2 and params > 1:
@@ -290,7 +296,7 @@ class Numba(Backend):
         frozen: bool,
         affine: tuple[Any, Any] | None,
     ) -> tuple[Array, Array] | None:
-        work = _work(axes, x.dtype)
+        work = _work(axes, x.dtype, affine is not None)
         parts, units = work.parts, work.units
         k0, r0, k1, r1, params, span = work.axes
         gamma = _param(gamma, 1.0, work)

@@ -133,6 +133,33 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
     return types.void(pointer, types.int64, value), generate
 
 
+@intrinsic
+def per_line(typing: Any, pointer: Any) -> Any:
+    """Elements to a cache line: known at compile time."""
+    size = np.dtype(pointer.element.replace("bfloat16", "float16")).itemsize
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(64), 64 // size)
+
+    return types.int64(pointer), generate
+
+
+@intrinsic
+def fetch(typing: Any, pointer: Any, index: Any) -> Any:
+    """Ask for the cache line of element `index`, to be written to if it is an output's."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        place = builder.bitcast(_element(builder, signature.args[0], *args), _BYTE)
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE, word, word, word])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE], kind)
+        numbers = (int(signature.args[0].role == "out"), 3, 1)  # to write, to the nearest, data
+        builder.call(ask, [place, *(ir.Constant(word, number) for number in numbers)])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), generate
+
+
 def _round_to_bfloat16(builder: Any, value: Any) -> Any:
     """The upper half of a float32, rounded to nearest even; NaN stays NaN."""
     word = ir.IntType(32)
@@ -267,6 +294,10 @@ plain = njit(**_OPTIONS)
 
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 NEAR = 4096  #: elements of several groups that are near when they are met again
+FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
+PIECE = 512  #: elements that are fetched together, that far ahead
+AHEAD = 2  #: rows of columns that they are fetched ahead
+STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
 SLAB = 256  #: columns that one task of the columns family sums side by side
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 ROW_LIMIT = 4096  #: longest row whose parameter gradients are summed on the stack
@@ -349,6 +380,25 @@ def _by_column(axes):
     return k1 * r1 % (params * span) == 0
 
 
+# Memory is slow to answer, and the processor asks ahead only where it recognises a pattern: not for
+# what is written, and not over the border of a page. Kernels ask themselves where data are many.
+@inline
+def _ahead(x, axes):
+    """How far ahead of their use elements are asked for: one stretch, or a chunk; 0 for not."""
+    k0, r0, k1, r1, params, span = axes
+    if k0 * r0 * k1 * r1 < FAR * per_line(x):
+        return 0
+    return min(r1, CHUNK) if r0 == 1 or r1 > CHUNK else k1 * r1
+
+
+@inline
+def _fetch(pointer, first, last):
+    """Ask for elements first..last."""
+    while first < last:
+        fetch(pointer, first)
+        first += per_line(pointer)
+
+
 # A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
 # divide: that takes as long as a hundred elements.
 @inline
@@ -397,8 +447,12 @@ def _sums(x, first, last, shift, before, after):
 
 
 @inline
-def _part_sums(x, axes, group, part, parts, shift, before, after):
-    """`_sums` over one of the parts that a group is cut into."""
+def _part_sums(call, group, part, shift, before, after, ahead):
+    """`_sums` over one of the parts that a group is cut into.
+
+    If memory is fetched ahead, that of y is, where it is soon written to.
+    """
+    x, y, axes, parts = call.x, call.y, call.axes, call.parts
     k0, r0, k1, r1, params, span = axes
     pieces = (r1 + CHUNK - 1) // CHUNK
     row, at, count = 0, 0, r0 * pieces
@@ -407,13 +461,18 @@ def _part_sums(x, axes, group, part, parts, shift, before, after):
         count = (part + 1) * count // parts - begin
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
+    writes = given(y) and r0 * r1 <= STAYS
     s = q = 0.0
     for _ in range(count):
-        stop = min(at + CHUNK, r1)
-        ds, dq = _sums(x, origin + at, origin + stop, shift, before, after)
+        first, last = origin + at, origin + min(at + CHUNK, r1)
+        if ahead:
+            _fetch(x, first + ahead, last + ahead)
+            if writes:
+                _fetch(y, first, last)
+        ds, dq = _sums(x, first, last, shift, before, after)
         s += ds
         q += dq
-        at = stop
+        at += last - first
         if at == r1:
             at = 0
             origin += k1 * r1
@@ -421,10 +480,10 @@ def _part_sums(x, axes, group, part, parts, shift, before, after):
 
 
 @inline
-def _group_sums(x, axes, group, parts, shift, before, after):
+def _group_sums(call, group, shift, before, after, ahead):
     s = q = 0.0
-    for part in range(parts):
-        ds, dq = _part_sums(x, axes, group, part, parts, shift, before, after)
+    for part in range(call.parts):
+        ds, dq = _part_sums(call, group, part, shift, before, after, ahead)
         s += ds
         q += dq
     return s, q
@@ -446,35 +505,35 @@ def _is_good(delta, var):
 
 
 @plain
-def _two_passes(x, axes, group, parts, center, before, after):
+def _two_passes(call, group, before, after):
     """(mean*before, its rounding error, variance*(before*after)**2), as exactly as float64 can."""
-    count = axes[1] * axes[3]
+    count = call.axes[1] * call.axes[3]
     shift = delta = var = 0.0
-    if center:
-        shift = np.float64(load(x, _origin(axes, group))) * before
-        s, q = _group_sums(x, axes, group, parts, shift, before, after)
+    if call.center:
+        shift = np.float64(load(call.x, _origin(call.axes, group))) * before
+        s, q = _group_sums(call, group, shift, before, after, 0)
         shift += s / count / after
-    s, q = _group_sums(x, axes, group, parts, shift, before, after)
-    delta, var = _central(s, q, count, center)
+    s, q = _group_sums(call, group, shift, before, after, 0)
+    delta, var = _central(s, q, count, call.center)
     mean = shift + delta / after
     return mean, shift - mean + delta / after, var
 
 
 @plain
-def _exact_moments(x, axes, group, parts, eps, center):
+def _exact_moments(call, group):
     """Moments of any group, one that needs scaling by a power of two included."""
-    before = after = 1.0
-    mean, residual, var = _two_passes(x, axes, group, parts, center, before, after)
-    if is_float64(x):
+    eps, before, after = call.eps, 1.0, 1.0
+    mean, residual, var = _two_passes(call, group, before, after)
+    if is_float64(call.x):
         if not np.isfinite(var):
             before = 2.0**-600
         elif var < 2.0**-900 and eps < 2.0**-850:
             after = 2.0**600
         if before * after != 1.0:
-            mean, residual, var = _two_passes(x, axes, group, parts, center, before, after)
-    if not np.isfinite(var) and center:  # an inf or NaN: the mean that numpy.mean gives
-        s, q = _group_sums(x, axes, group, parts, 0.0, before, 1.0)
-        return s / (axes[1] * axes[3]), 0.0, np.nan, np.nan
+            mean, residual, var = _two_passes(call, group, before, after)
+    if not np.isfinite(var) and call.center:  # an inf or NaN: the mean that numpy.mean gives
+        s, q = _group_sums(call, group, 0.0, before, 1.0, 0)
+        return s / (call.axes[1] * call.axes[3]), 0.0, np.nan, np.nan
     scale = before * after
     rstd = scale / np.sqrt(var + eps * scale * scale)
     return mean / before, residual / before, var / scale / scale, rstd
@@ -578,7 +637,7 @@ def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
             delta = (load(mean, i) - load(shift, i)) + load(residual, i)
             good = v > 2.0**-900 if is_float64(x) else _is_good(delta, v)
             if not (good and np.isfinite(q)):
-                m, e, v, r = _exact_moments(x, axes, group + i, call.parts, call.eps, call.center)
+                m, e, v, r = _exact_moments(call, group + i)
                 store(mean, i, m)
                 store(residual, i, e)
                 store(var, i, v)
@@ -602,13 +661,24 @@ def _saved(call, group):
 
 
 @inline
-def _given_stats(call, group):
-    """`_saved`, or the running statistics where they are to be used."""
+def _load_groups(call, group, groups, mean, residual, rstd):
+    """`_saved` of several groups."""
+    _copy_from(call.mean, group, mean, groups)
+    _copy_from(call.rstd, group, rstd, groups)
+    if given(call.residual):
+        _copy_from(call.residual, group, residual, groups)
+    else:
+        _fill(residual, 0, groups, 0.0)
+
+
+@inline
+def _given_groups(call, group, groups, mean, residual, rstd):
+    """`_saved` of several groups, or the running statistics where they are to be used."""
     if given(call.running_mean):
-        mean, rstd = scratch(0.0, 1), scratch(0.0, 1)
-        _running(call, group, mean, rstd, 1)
-        return load(mean, 0), 0.0, load(rstd, 0)
-    return _saved(call, group)
+        _running(call, group, mean, rstd, groups)
+        _fill(residual, 0, groups, 0.0)
+    else:
+        _load_groups(call, group, groups, mean, residual, rstd)
 
 
 @inline
@@ -644,7 +714,7 @@ def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index
 
 
 @inline
-def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd):
+def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ahead):
     """y of elements first..end, of one group and side by side; `_parameter` of the next."""
     x, y, gamma, beta, axes = call.x, call.y, call.gamma, call.beta, call.axes
     span = axes[5]
@@ -652,6 +722,10 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd):
     wide = is_float64(x) or _extreme(rstd)
     while first < end:
         last = min(end, end_of_run)
+        if ahead:
+            last = min(last, first + PIECE)
+            _fetch(x, first + ahead, last + ahead)
+            _fetch(y, first + ahead, last + ahead)
         if span == 1:
             if wide:
                 _apply_many(
@@ -695,11 +769,12 @@ def _rows_forward(call, first, last):
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
+    ahead = _ahead(x, axes)
     if stage == SUMS:
         for task in range(first, last):
             group = task // parts
             about = _shift(call, group, call.round == 1)
-            s, q = _part_sums(x, axes, group, task % parts, parts, about, 1.0, 1.0)
+            s, q = _part_sums(call, group, task % parts, about, 1.0, 1.0, ahead)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, q)
     elif stage == FINISH:
@@ -716,23 +791,29 @@ def _rows_forward(call, first, last):
     elif stage == APPLY:
         group, place, row, at = _find_stretch(axes, parts, first)
         index, end_of_run = _parameter(axes, at)
+        begin, stop = 0, 0  # of the groups whose statistics are at hand
         for _ in range(first, last):
-            mean, residual, rstd = _given_stats(call, group)
+            if not begin <= group < stop:
+                begin = group if r0 == 1 else group - place % SLAB
+                stop = min(begin + SLAB, k0 * k1 if r0 == 1 else group - place + k1)
+                _given_groups(call, begin, stop - begin, mean, residual, rstd)
+            i = group - begin
+            m, e, r = load(mean, i), load(residual, i), load(rstd, i)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_stretch(
-                call, at, end, index, end_of_run, mean, residual, rstd
+                call, at, end, index, end_of_run, m, e, r, min(ahead, PIECE)
             )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
     else:
-        fixed = _by_column(axes)
+        fixed, later = _by_column(axes), 0 if r0 * r1 <= STAYS else ahead
         index, end_of_run = _parameter(axes, _origin(axes, first))
         for begin in range(first, last, block):
             groups = min(block, last - begin)
             for again in range(rounds):
                 for i in range(groups):
                     about = load(mean, i) if again else _shift(call, begin + i, False)
-                    s, q = _group_sums(x, axes, begin + i, parts, about, 1.0, 1.0)
+                    s, q = _group_sums(call, begin + i, about, 1.0, 1.0, 0 if again else ahead)
                     store(shift, i, about)
                     store(sums, i, s)
                     store(sums, SLAB + i, q)
@@ -744,7 +825,7 @@ def _rows_forward(call, first, last):
                 if r0 > 1:
                     index, end_of_run = _parameter(axes, at)
                 for _ in range(r0):
-                    found = _apply_stretch(call, at, at + r1, index, end_of_run, m, e, r)
+                    found = _apply_stretch(call, at, at + r1, index, end_of_run, m, e, r, later)
                     at += k1 * r1
                     if r0 == 1:  # the next group's elements are the next in memory
                         index, end_of_run = found
@@ -817,8 +898,11 @@ def _dx_and_params(
 
 
 @inline
-def _row_grads(call, group, part, parts):
-    """Sums of gamma*dy and gamma*dy*xhat over one part of a group; of dy, dy*xhat for each run."""
+def _row_grads(call, group, part, parts, ahead):
+    """Sums of gamma*dy and gamma*dy*xhat over one part of a group; of dy, dy*xhat for each run.
+
+    If memory is fetched ahead, that of dx is, where it is soon written to.
+    """
     dy, x, gamma, sums = call.dy, call.x, call.gamma, call.sums
     k0, r0, k1, r1, params, span = call.axes
     mean, residual, rstd = _saved(call, group)
@@ -836,10 +920,16 @@ def _row_grads(call, group, part, parts):
     index, _ = _parameter(call.axes, origin + at)
     fixed = r0 == 1 or _by_column(call.axes)
     first_of_row = index if at == 0 else _parameter(call.axes, origin)[0]
+    writes = r0 * r1 <= STAYS
     s = p = 0.0
     for _ in range(count):
         first = origin + at + inside
         last = first + min(CHUNK, run - inside)
+        if ahead:
+            _fetch(dy, first + ahead, last + ahead)
+            _fetch(x, first + ahead, last + ahead)
+            if writes:
+                _fetch(call.dx, first, last)
         if span == 1:
             ds, dp = _weighted_grad_sums(
                 dy, x, first, last, factor, high, low, gamma, index + inside
@@ -881,7 +971,7 @@ def _line(call, s, p, low, rstd):
 
 
 @inline
-def _apply_grad_stretch(call, first, end, index, end_of_run, mean, residual, rstd, s, p):
+def _apply_grad_stretch(call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead):
     """dx of elements first..end, of one group and side by side; `_parameter` of the next."""
     dy, x, dx, gamma, axes = call.dy, call.x, call.dx, call.gamma, call.axes
     span = axes[5]
@@ -890,6 +980,11 @@ def _apply_grad_stretch(call, first, end, index, end_of_run, mean, residual, rst
     wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
     while first < end:
         last = min(end, end_of_run)
+        if ahead:
+            last = min(last, first + PIECE)
+            _fetch(dy, first + ahead, last + ahead)
+            _fetch(x, first + ahead, last + ahead)
+            _fetch(dx, first + ahead, last + ahead)
         if span == 1:
             if wide:
                 _dx_many(dy, x, dx, first, last, factor, high, scaled, slope, shift, gamma, index)
@@ -917,9 +1012,10 @@ def _rows_backward(call, first, last):
     """A unit is a group, its parts are stretches of memory."""
     axes, parts, stage = call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
+    ahead = _ahead(call.x, axes)
     if stage == SUMS:
         for task in range(first, last):
-            s, p = _row_grads(call, task // parts, task % parts, parts)
+            s, p = _row_grads(call, task // parts, task % parts, parts, ahead)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, p)
     elif stage == APPLY:
@@ -933,18 +1029,18 @@ def _rows_backward(call, first, last):
             mean, residual, rstd = _saved(call, group)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_grad_stretch(
-                call, at, end, index, end_of_run, mean, residual, rstd, s, p
+                call, at, end, index, end_of_run, mean, residual, rstd, s, p, min(ahead, PIECE)
             )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
     else:
-        fixed = _by_column(axes)
+        fixed, later = _by_column(axes), 0 if r0 * r1 <= STAYS else ahead
         index, end_of_run = _parameter(axes, _origin(axes, first))
         for group in range(first, last):
             s = p = 0.0
             if given(call.sums) or not call.frozen:
                 for part in range(parts):
-                    ds, dp = _row_grads(call, group, part, parts)
+                    ds, dp = _row_grads(call, group, part, parts, ahead)
                     s += ds
                     p += dp
             mean, residual, rstd = _saved(call, group)
@@ -953,7 +1049,7 @@ def _rows_backward(call, first, last):
                 index, end_of_run = _parameter(axes, at)
             for _ in range(r0):
                 found = _apply_grad_stretch(
-                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p
+                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later
                 )
                 at += k1 * r1
                 if r0 == 1:  # the next group's elements are the next in memory
@@ -971,6 +1067,7 @@ def _rows_backward_params(call, first, last):
     k0, r0, k1, r1, params, span = call.axes
     zero = real(x, 0.0)
     dgamma, dbeta = scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)
+    ahead = _ahead(x, call.axes)
     for block in range(first, last):
         end = min((block + 1) * call.rows, k0)
         to = 2 * block * params
@@ -981,7 +1078,7 @@ def _rows_backward_params(call, first, last):
             for row in range(begin, min(begin + ROW_BLOCK, end)):
                 s = p = 0.0
                 for part in range(0 if call.frozen else call.parts):
-                    ds, dp = _row_grads(call, row, part, call.parts)
+                    ds, dp = _row_grads(call, row, part, call.parts, ahead)
                     s += ds
                     p += dp
                 mean, residual, rstd = _saved(call, row)
@@ -1068,9 +1165,12 @@ def _column_sums(call, unit, part, shift, sums, to):
     _, _, _, columns, origin = _slab(call.axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
     stride, many = k1 * r1, _side_by_side(call.axes, columns)
+    ahead = _ahead(call.x, call.axes)
     _clear_pair(sums, to, many * columns)
     while row + 8 * many <= end:  # 8 at once: the sums are read and written less often
         at = origin + row * stride
+        if ahead:
+            _fetch_rows(call.x, at + 8 * many * stride, many * stride, 8, many * columns)
         _sum_columns(call.x, at, many * stride, 8, many * columns, shift, sums, to)
         row += 8 * many
     while row + 8 <= end:
@@ -1080,6 +1180,13 @@ def _column_sums(call, unit, part, shift, sums, to):
         _sum_columns(call.x, origin + row * stride, stride, 1, columns, shift, sums, to)
         row += 1
     _gather_pair(sums, to, many, columns)
+
+
+@inline
+def _fetch_rows(pointer, at, stride, rows, columns):
+    """Ask for columns of several rows."""
+    for row in range(rows):
+        _fetch(pointer, at + row * stride, at + row * stride + columns)
 
 
 @inline
@@ -1146,12 +1253,7 @@ def _finish_columns(call, unit, last, shift, sums, mean, residual, var, rstd):
 @inline
 def _load_slab(call, unit, mean, residual, rstd):
     group, groups, _, _, _ = _slab(call.axes, unit)
-    _copy_from(call.mean, group, mean, groups)
-    _copy_from(call.rstd, group, rstd, groups)
-    if given(call.residual):
-        _copy_from(call.residual, group, residual, groups)
-    else:
-        _fill(residual, 0, groups, 0.0)
+    _load_groups(call, group, groups, mean, residual, rstd)
 
 
 @elementwise
@@ -1327,14 +1429,20 @@ def _apply_rows_of_columns(call, unit, row, end, begin, stop, factor, high, scal
     x, y, axes = call.x, call.y, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = _slab(axes, unit)
-    folded = _by_column(axes)
+    folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _ahead(x, axes) else 0
     if folded and begin == 0:
         many = _side_by_side(axes, stop)
         while row + many <= end:
             at = origin + row * k1 * r1
+            if ahead:
+                _fetch(x, at + many * ahead, at + many * (ahead + stop))
+                _fetch(y, at + many * ahead, at + many * (ahead + stop))
             _apply_columns(x, y, at, 0, many * stop, factor, high, scale, shift)
             row += many
     for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
+        if ahead:
+            _fetch(x, at + begin + ahead, at + stop + ahead)
+            _fetch(y, at + begin + ahead, at + stop + ahead)
         if folded:
             _apply_columns(x, y, at, begin, stop, factor, high, scale, shift)
             continue
@@ -1365,6 +1473,7 @@ def _columns_forward(call, first, last):
     one = np.float32(1.0)
     narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
     rounds = 2 if is_float64(x) and call.center else 1
+    ready, count = -1, 0
     for task in range(first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
@@ -1384,12 +1493,10 @@ def _columns_forward(call, first, last):
             final = call.round == rounds - 1
             _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
             continue
-        if stage == APPLY and given(call.running_mean):
-            group, groups, _, _, _ = _slab(call.axes, unit)
-            _running(call, group, mean, rstd, groups)
-            _fill(residual, 0, groups, 0.0)
-        elif stage == APPLY:
-            _load_slab(call, unit, mean, residual, rstd)
+        if stage == APPLY:
+            if unit != ready:
+                group, groups, _, _, _ = _slab(call.axes, unit)
+                _given_groups(call, group, groups, mean, residual, rstd)
         else:
             for again in range(rounds):
                 _column_shift(call, unit, again == 1, mean, shift)
@@ -1399,10 +1506,13 @@ def _columns_forward(call, first, last):
                     _add_pair(sums, part_sums, 0, columns)
                 final = again == rounds - 1
                 _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
-        if stage != MOMENTS:
-            row, end = 0, r0
-            if stage == APPLY:
-                row, end = part * r0 // parts, (part + 1) * r0 // parts
+        if stage == MOMENTS:
+            continue
+        row, end = 0, r0
+        if stage == APPLY:
+            row, end = part * r0 // parts, (part + 1) * r0 // parts
+        if unit != ready:  # the last task's tables serve all parts of a slab
+            ready = unit
             count = _prepare_columns(
                 call, unit, mean, residual, rstd, factor, high, low, scale, lift, weight, wide
             )
@@ -1410,16 +1520,14 @@ def _columns_forward(call, first, last):
             _copy_from(high, 0, narrow[0], tables)
             _copy_from(scale, 0, narrow[1], tables)
             _copy_from(lift, 0, narrow[2], tables)
-            begin = 0
-            while begin < columns:
-                stop = _same_type(wide, count, begin, columns)
-                if load(wide, begin) == 0.0:
-                    _apply_rows_of_columns(call, unit, row, end, begin, stop, None, *narrow)
-                else:
-                    _apply_rows_of_columns(
-                        call, unit, row, end, begin, stop, factor, high, scale, lift
-                    )
-                begin = stop
+        begin = 0
+        while begin < columns:
+            stop = _same_type(wide, count, begin, columns)
+            if load(wide, begin) == 0.0:
+                _apply_rows_of_columns(call, unit, row, end, begin, stop, None, *narrow)
+            else:
+                _apply_rows_of_columns(call, unit, row, end, begin, stop, factor, high, scale, lift)
+            begin = stop
 
 
 # -------------------------------------------------------------------------------- columns: backward
@@ -1473,10 +1581,14 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     _, _, _, columns, origin = _slab(axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
     stride, many = k1 * r1, _side_by_side(axes, columns)
+    ahead = _ahead(x, axes)
     _clear_pair(sums, to, many * columns)
     if _by_column(axes):
         while row + 4 * many <= end:
             at, wide = origin + row * stride, many * columns
+            if ahead:
+                _fetch_rows(dy, at + 4 * many * stride, many * stride, 4, wide)
+                _fetch_rows(x, at + 4 * many * stride, many * stride, 4, wide)
             _sum_column_grads(dy, x, at, many * stride, 4, wide, factor, high, low, sums, to)
             row += 4 * many
         while row + 4 <= end:
@@ -1603,14 +1715,22 @@ def _apply_column_grads(call, unit, row, end, begin, stop, factor, high, scale, 
     dy, x, dx, axes = call.dy, call.x, call.dx, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = _slab(axes, unit)
-    folded = _by_column(axes)
+    folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _ahead(x, axes) else 0
     if folded and begin == 0:
         many = _side_by_side(axes, stop)
         while row + many <= end:
             at = origin + row * k1 * r1
+            if ahead:
+                _fetch(dy, at + many * ahead, at + many * (ahead + stop))
+                _fetch(x, at + many * ahead, at + many * (ahead + stop))
+                _fetch(dx, at + many * ahead, at + many * (ahead + stop))
             _dx_columns(dy, x, dx, at, 0, many * stop, factor, high, scale, slope, shift)
             row += many
     for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
+        if ahead:
+            _fetch(dy, at + begin + ahead, at + stop + ahead)
+            _fetch(x, at + begin + ahead, at + stop + ahead)
+            _fetch(dx, at + begin + ahead, at + stop + ahead)
         if folded:
             _dx_columns(dy, x, dx, at, begin, stop, factor, high, scale, slope, shift)
             continue
