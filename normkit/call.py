@@ -89,7 +89,8 @@ class Plan:
     native: Any  #: x's dtype in native byte order
     arithmetic: Any  #: dtype of the arithmetic
     empty: bool  #: nothing to compute
-    direct: bool  #: x is C-contiguous and native: no view, no copy
+    dense: bool  #: x's elements lie side by side, natively, and the norm can take them so
+    direct: bool  #: and in C order: no view, no copy
     direct_params: bool  #: gamma and beta are as well
     direct_running: bool  #: running statistics are as well, one a group
     wanted: tuple[Any, Any] | None  #: dtypes of the gradients of parameters, if there are any
@@ -131,13 +132,14 @@ def _plan(
     dtypes = [meta[2].newbyteorder("=") for meta in (gamma, beta) if meta]
     if found.axes.params > prod(found.param_shape):  # some are to be added up
         dtypes = [np.dtype(np.float64)] * len(dtypes)
-    in_order = found.order == tuple(range(len(found.order)))
+    dense = not found.copies and bool(dtype.isnative)
     return Plan(
         found,
         dtype.newbyteorder("="),
         np.dtype(arithmetic),
         empty=0 in shape,
-        direct=in_order and not found.copies and dtype.isnative,
+        dense=dense,
+        direct=dense and found.order == tuple(range(len(found.order))),
         direct_params=direct_params,
         direct_running=direct_running,
         wanted=(dtypes[0], dtypes[-1]) if dtypes else None,
@@ -148,6 +150,13 @@ def _is_plain(meta: Meta, size: int) -> bool:
     """Whether an array is one-dimensional, contiguous and native, of so many elements."""
     shape, strides, dtype = meta
     return shape == (size,) and strides == (dtype.itemsize,) and bool(dtype.isnative)
+
+
+class Repeat(NamedTuple):
+    """Runs calls like one before, or checks them; both take the arguments' values, then None."""
+
+    forward: Callable[[tuple[Any, ...]], Array]
+    call: Callable[[tuple[Any, ...]], Call]
 
 
 class Call:
@@ -177,7 +186,8 @@ class Call:
     """
 
     __slots__ = (
-        "backend", "beta", "center", "eps", "frozen", "gamma", "out", "plan", "running", "x",
+        "backend", "beta", "center", "eps", "frozen", "gamma", "launch", "out", "plan", "running",
+        "x",
     )  # fmt: skip
 
     def __init__(
@@ -205,6 +215,7 @@ class Call:
             metas = _meta(running.mean), _meta(running.spread), running.spread_name
         self.x, self.gamma, self.beta, self.out, self.center = x, gamma, beta, out, center
         self.eps, self.running, self.frozen = number("eps", eps, 0.0), running, frozen
+        self.launch: Launch | None = None  #: of a repeated call
         self.plan = _plan(
             _meta(x),
             None if gamma is None else _meta(gamma),
@@ -232,8 +243,13 @@ class Call:
         """The normalised array, and the function from dy to the gradients."""
         if self.out is not None and _same_memory(self.out, self.x):
             raise ValueError("vjp: out is x, which the pullback still needs: give another array")
-        y, stats, r, d = self._forward(keep=True)
-        return unwrap(y), Pullback(self, stats, r, d)
+        if self.launch is None:
+            y, stats, r, d = self._forward(keep=True)
+            return unwrap(y), Pullback(self, stats, r, d)
+        mean, spread = self.running[:2] if self.running else (None, None)
+        y = np.empty_like(self.x) if self.out is None else self.out
+        stats = self.launch(self.x, y, self.gamma, self.beta, mean, spread, True)
+        return y, Pullback(self, stats, None, None)
 
     def _forward(self, keep: bool) -> tuple[Array, Stats | None, Array | None, Array | None]:
         x, plan, running = self.x, self.plan, self.running
@@ -282,10 +298,58 @@ class Call:
             view[...] = target
         return y, stats, r, d
 
-    def prepare(self) -> Launch | None:
-        """What runs the kernels of calls like this one; None if there is more to do than that."""
+    def repeat(self, arguments: dict[str, Any]) -> Repeat | None:
+        """What runs calls that differ from this one, of these `arguments`, in their arrays' data.
+
+        Only the plainest calls have it: theirs is the overhead that shows.
+        """
+        launch = self._prepare()
+        if launch is None:
+            return None
+        old = self.running or Running(None, None, "", 0.0)
+        name, momentum, clip = old[2:]
+        arrays = {"x": self.x, "gamma": self.gamma, "beta": self.beta}
+        arrays |= {"running_mean": old.mean, name: old.spread, "out": self.out}
+        if any(a is not None and a is not arguments.get(key) for key, a in arrays.items()):
+            return None  # made from the arguments, we know not how
+        keys = list(arguments)
+        places = (-1 if a is None else keys.index(key) for key, a in arrays.items())
+        pick = operator.itemgetter(*places)
+        kept, updates = self.running is not None, self.running is not None and not self.frozen
+        same = self.plan, self.backend, self.center, self.eps, self.frozen, launch
+
+        def check(
+            x: Array, gamma: Array, beta: Array, mean: Array, spread: Array, out: Array
+        ) -> None:
+            """What shapes, strides and dtypes do not tell."""
+            if updates:
+                _check_updated(mean, spread, name, x, gamma, beta)
+            if out is not None:
+                _check_written(out, x, gamma, beta, mean, spread, name)
+
+        def forward(values: tuple[Any, ...]) -> Array:
+            x, gamma, beta, mean, spread, y = found = pick(values)
+            if updates or y is not None:
+                check(*found)
+            if y is None:
+                y = np.empty_like(x)
+            launch(x, y, gamma, beta, mean, spread, False)
+            return y
+
+        def call(values: tuple[Any, ...]) -> Call:
+            found = pick(values)
+            check(*found)
+            call = Call.__new__(Call)
+            call.x, call.gamma, call.beta, mean, spread, call.out = found
+            call.plan, call.backend, call.center, call.eps, call.frozen, call.launch = same
+            call.running = Running(mean, spread, name, momentum, clip) if kept else None
+            return call
+
+        return Repeat(forward, call)
+
+    def _prepare(self) -> Launch | None:
         plan, running = self.plan, self.running
-        if plan.empty or not (plan.direct and plan.direct_params):
+        if type(self.x) is not np.ndarray or plan.empty or not (plan.dense and plan.direct_params):
             return None
         if self.out is not None and self.out.strides != self.x.strides:
             return None
@@ -496,7 +560,7 @@ def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., A
 
     name = declare.__name__
     parameters = tuple(inspect.signature(declare).parameters)
-    known: dict[Any, Callable[..., Array] | None] = {}  #: signature -> `_repeat` of such a call
+    known: dict[Any, Repeat | None] = {}  #: by signature; None for what is declared every time
 
     def named(error: Exception) -> Exception:
         message = str(error)  # Python's own, on a wrong signature, begin with the name
@@ -504,35 +568,35 @@ def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., A
 
     @functools.wraps(declare)
     def checked(*args: Any, **options: Any) -> Call:
+        signature = _signature(args, options) if pure else None
+        again = known.get(signature)
         try:
-            return declare(*args, **options)
+            if again is not None:
+                return again.call((*args, *options.values(), None))
+            call: Call = declare(*args, **options)
         except (TypeError, ValueError) as error:
             raise named(error) from None
+        if signature is not None and signature not in known:
+            if len(known) >= _KNOWN:
+                known.clear()
+            known[signature] = call.repeat(dict(zip(parameters, args, strict=False)) | options)
+        return call
 
     @functools.wraps(declare)
     def run(*args: Any, **options: Any) -> Array:
-        signature = _signature(args, options) if pure else None
-        again = known.get(signature, _NEW)
+        again = known.get(_signature(args, options)) if pure else None
+        if again is None:
+            return checked(*args, **options).forward()
         try:
-            if again:
-                return again(*args, *options.values(), None)
-            call = declare(*args, **options)
+            return again.forward((*args, *options.values(), None))
         except (TypeError, ValueError) as error:
             raise named(error) from None
-        y = call.forward()
-        if again is _NEW and signature is not None:
-            if len(known) >= _KNOWN:
-                known.clear()
-            arguments = dict(zip(parameters, args, strict=False)) | options
-            known[signature] = _repeat(call, arguments)
-        return y
 
     run.declare = checked  # type: ignore[attr-defined]
     return run
 
 
 _KNOWN = 4096  #: signatures that a norm knows at most
-_NEW: Any = ()  #: what it knows of another
 #: Types whose values, with the type, tell one call from another: True == 1 == 1.0.
 _VALUES = frozenset({bool, int, float, str, type(None)})
 
@@ -549,39 +613,6 @@ def _signature(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...
         else:
             return None
     return tuple(found)
-
-
-def _repeat(call: Call, arguments: dict[str, Any]) -> Callable[..., Array] | None:
-    """What runs a call that differs from `call` in its arrays' data alone, given its `arguments`.
-
-    It takes their values, then None, and checks what the signature does not tell. Only the plainest
-    calls have it: theirs is the overhead that shows.
-    """
-    launch = call.prepare()
-    if launch is None:
-        return None
-    mean, spread, spread_name = call.running[:3] if call.running else (None, None, "")
-    arrays = {"x": call.x, "gamma": call.gamma, "beta": call.beta}
-    arrays |= {"running_mean": mean, spread_name: spread, "out": call.out}
-    if any(array is not None and array is not arguments.get(n) for n, array in arrays.items()):
-        return None  # made from the arguments, we know not how
-    names = list(arguments)
-    places = (-1 if array is None else names.index(name) for name, array in arrays.items())
-    pick = operator.itemgetter(*places)
-    updates = call.running is not None and not call.frozen
-
-    def again(*values: Any) -> Array:
-        x, gamma, beta, mean, spread, y = pick(values)
-        if updates:
-            _check_updated(mean, spread, spread_name, x, gamma, beta)
-        if y is None:
-            y = np.empty(x.shape, x.dtype)
-        else:
-            _check_written(y, x, gamma, beta, mean, spread, spread_name)
-        launch(x, y, gamma, beta, mean, spread)
-        return y
-
-    return again
 
 
 def vjp(norm: Callable[..., Array], x: Array, *args: Any, **options: Any) -> tuple[Array, Pullback]:

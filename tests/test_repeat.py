@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import DTYPES, same_bits
-from layouts import read_only
+from layouts import axis_to, read_only
 
 import normkit as nk
 from normkit.axes import over
+from normkit.backends.numba import Numba
 
 C = 6
 Options = dict[str, Any]
@@ -60,27 +61,34 @@ CALLS: dict[str, Any] = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, C, 7), (1, C, 40), (3, C, 100), (0, C, 4)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("call", CALLS)
 def test_the_second_call_does_what_the_first_would(
-    call: str, shape: tuple[int, ...], dtype: str
+    call: str, last: bool, shape: tuple[int, ...], dtype: str
 ) -> None:
     for params in ({"gamma", "beta"}, {"beta"}, set()):
         for seed in range(3):
-            results = []
-            for declared in (False, True):
-                given = arrays(dtype, shape, seed)
-                norm, options = CALLS[call](given)
-                options = {name: given[name] for name in params} | options
-                if declared:
-                    y = nk.call.declared("", norm)(given["x"], **options).forward()
-                else:
-                    y = norm(given["x"], **options)
-                results.append((y, options))
-            (y, options), (want, kept) = results
-            assert same_bits(y, want)
-            assert y.strides == want.strides
-            assert ("out" in options) == (y is options.get("out"))
-            assert all(same_bits(options[n], kept[n]) for n in options if n.startswith("running"))
+            repeated = results(call, params, last, arrays(dtype, shape, seed))
+            with nk.use_backend(Numba()):  # which has never been called
+                first = results(call, params, last, arrays(dtype, shape, seed))
+            for name, want in first.items():
+                assert same_bits(repeated[name], want), name
+                assert repeated[name].strides == want.strides
+
+
+def results(call: str, params: set[str], last: bool, given: Options) -> Options:
+    """Everything that a call and a pullback give or change."""
+    if last:
+        given["x"] = axis_to(1, 2)(given["x"])
+    norm, options = CALLS[call](given)
+    options = {name: given[name] for name in params} | options
+    x, found = given["x"].copy(order="K"), {"y": norm(given["x"], **options)}
+    if "out" in options:
+        assert found["y"] is options.pop("out")
+    y, pullback = nk.vjp(norm, x, **options)
+    found |= {"y of vjp": y} | pullback(2 * x)._asdict()
+    found |= {name: options[name] for name in options if name.startswith("running")}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def counted() -> tuple[Any, list[int]]:
@@ -132,6 +140,17 @@ def test_a_norm_may_make_its_parameters_from_its_arguments() -> None:
     for scale in (1, 2, 3):
         assert same_bits(norm(x, weight * scale)[0], weight * scale + 1)
         assert same_bits(norm(x, 0 * weight, weight * scale)[0], weight * scale + 1)
+
+
+def test_pullbacks_keep_the_arrays_of_their_own_call() -> None:
+    pullbacks = []
+    for seed in range(3):
+        x = arrays(seed=seed)["x"]
+        pullbacks.append((x, nk.vjp(nk.instance_norm, x)[1]))
+    for x, pullback in pullbacks:
+        with nk.use_backend(Numba()):
+            want = nk.vjp(nk.instance_norm, x)[1](2 * x).x
+        assert same_bits(pullback(2 * x).x, want)
 
 
 def test_the_chosen_backend_is_asked() -> None:

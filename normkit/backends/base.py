@@ -39,8 +39,8 @@ class Update(NamedTuple):
     momentum: float
 
 
-#: ``launch(x, y, gamma, beta, running mean, running spread)``
-Launch = Callable[[Array, Array, Array | None, Array | None, Array | None, Array | None], None]
+#: ``launch(x, y, gamma, beta, running_mean, running_spread, keep)``: statistics, with `keep`
+Launch = Callable[..., Stats | None]
 
 
 class Step(NamedTuple):
@@ -151,10 +151,10 @@ class Backend(ABC):
         center: bool,
         frozen: bool,
     ) -> Launch | None:
-        """What does the same as `forward` without `keep`, or as `infer` if `frozen`, to any arrays
-        of the shapes, strides and dtypes of these; None where little would be saved.
+        """What does the same as `forward`, or as `infer` if `frozen`, to any arrays of the shapes,
+        strides and dtypes of these, which are examples; None where little would be saved.
 
-        Without data: the arrays are examples.
+        Unlike elsewhere, x and y may be views whose memory, not they, is C-contiguous.
         """
         return None
 

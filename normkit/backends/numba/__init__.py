@@ -114,9 +114,11 @@ def _param(param: Array | None, default: float, work: Work) -> Array:
     """gamma or beta as the kernels read it."""
     if param is None:
         return _default(default, work)
-    if param.dtype != work.real:
+    if param.dtype == np.float64 != work.real:
         with np.errstate(over="ignore"):
             param = param.astype(work.real)
+    elif param.dtype != work.real:
+        param = param.astype(work.real)
     return param if work.as_given else np.tile(param.repeat(work.repeat), work.tile)
 
 
@@ -230,13 +232,16 @@ class Numba(Backend):
             beta: Array | None,
             mean: Array | None,
             spread: Array | None,
-        ) -> None:
+            keep: bool,
+        ) -> Stats | None:
             if gamma is None or not as_given:
                 gamma = _param(gamma, 1.0, work)
             if beta is None or not as_given:
                 beta = _param(beta, 0.0, work)
-            call = (x, y, gamma, beta, None, None, None, None, None, mean, spread, *numbers)
+            stats = self._stats(work) if keep and not frozen else _NONE
+            call = (x, y, gamma, beta, *stats, None, mean, spread, *numbers)
             run(kernel, call, tasks, threads(elements))
+            return self.given(mean, spread, eps) if keep and frozen else stats
 
         return launch
 
