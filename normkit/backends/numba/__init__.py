@@ -19,6 +19,7 @@ from normkit.backends.numba.threads import Pool
 _SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 _PART = 1 << 16  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
+_SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _NO_UPDATE = (None, None, 0, 0.0, 0.0)
@@ -52,7 +53,7 @@ class Work:
 
     def scarce(self, threads: int) -> bool:
         """Whether the parts of a unit should be shared by threads, for want of units."""
-        if threads == 1 or self.parts == 1:
+        if threads == 1 or self.units * self.parts < _SHARED:
             return False
         return self.units < 4 * threads and self.units % threads > 0
 
@@ -217,7 +218,7 @@ class Numba(Backend):
         frozen: bool,
     ) -> Launch | None:
         work, elements = _work(axes, x.dtype), x.size
-        if work.parts > 1 and not frozen:  # several launches, perhaps: it is large
+        if not frozen and work.scarce(self._pool.threads(elements)):  # several launches
             return None
         as_given = work.as_given and all(p is None or p.dtype == work.real for p in (gamma, beta))
         kernel, run, threads = work.forward, self._pool.run, self._pool.threads
