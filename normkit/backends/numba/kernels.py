@@ -293,7 +293,7 @@ inline = njit(forceinline=True, **_OPTIONS)
 plain = njit(**_OPTIONS)
 
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
-NEAR = 4096  #: elements of several groups that are near when they are met again
+NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 PIECE = 512  #: elements that are fetched together, that far ahead
 AHEAD = 2  #: rows of columns that they are fetched ahead
