@@ -63,7 +63,7 @@ GEOMETRY = _struct(
 )
 UPDATE = _struct(mean_kind="i4", spread_kind="i4", factor="f8", momentum="f8")
 FORWARD = _struct(geometry=GEOMETRY, groups="i8", eps="f8", least="f8", center="i4", update=UPDATE)
-FINISH_MOMENTS = _struct(groups="i8", eps="f8", parts="u4", update=UPDATE)
+FINISH_MOMENTS = _struct(geometry=GEOMETRY, groups="i8", eps="f8", center="i4", update=UPDATE)
 AVERAGE = _struct(count="i8", update=UPDATE)
 BACKWARD = _struct(
     geometry=GEOMETRY,
@@ -449,8 +449,10 @@ def _moments(
     if split:
         block = t.parts > MANY
         grid = axes.groups if block else _up(axes.groups, 8)
-        values = axes.groups, eps, t.parts, _update(update)
-        kernel, tables = f"nk::finish_moments<{block:d}>", (partials, stats, *_running(update))
+        values = tuple(t.geometry), axes.groups, eps, center, _update(update)
+        again = "x" if dtype == "float64" else None  # where sums may overflow
+        tables = again, partials, stats, *_running(update)
+        kernel = f"nk::finish_moments<{CTYPE[ARITHMETIC[dtype]]}, {block:d}>"
         w.launch(kernel, grid, 256, 0, tables, FINISH_MOMENTS, *values)
 
 
@@ -732,7 +734,7 @@ def specialisations() -> Iterator[tuple[str, str]]:
     """(source, C++ name) of every kernel that a plan can ask for."""
     names = [f"nk::{name}" for name in ("given", "average", "renorm", "affine")]
     names += [f"nk::fold<{a}, {t}>" for a in ("float", "double") for t in CTYPE.values()]
-    names += [f"nk::finish_moments<{block}>" for block in (0, 1)]
+    names += [f"nk::finish_moments<{t}, {block}>" for t in ("float", "double") for block in (0, 1)]
     names += [f"nk::finish_gradients<{t}, {block}>" for t in CTYPE.values() for block in (0, 1)]
     for dtype, wide in ARITHMETIC.items():
         v = 16 // ITEMSIZE[dtype]

@@ -42,9 +42,12 @@ struct Statistics {
   template <class A> __device__ __forceinline__ Stat<A> read(i64 group) const {
     return Stat<A>(p[group], sizeof(A) == 8 ? p[3 * groups + group] : 0.0, p[groups + group]);
   }
+  // m2 comes in units of 1 / unit**2
   template <class A, class F>
-  __device__ __forceinline__ Stat<A> finish(i64 group, const Moments& m, double eps, bool writes, F update) const {
-    const double v = m.m2 / m.n, r = 1.0 / sqrt(v + eps), mu = m.shift + m.offset;
+  __device__ __forceinline__ Stat<A> finish(i64 group, const Moments& m, double unit, double eps, bool writes, F update) const {
+    const double s = m.m2 / m.n, v = s / unit / unit, mu = m.shift + m.offset;
+    const bool held = unit == 1.0 || (v + eps > 0x1p-900 && isfinite(v));
+    const double r = held ? 1.0 / sqrt(v + eps) : unit / sqrt(s + eps * unit * unit);
     const double rest = sizeof(A) == 8 && isfinite(mu) ? m.shift - mu + m.offset : 0.0;
     if (writes && p) {
       p[group] = mu, p[groups + group] = r, p[2 * groups + group] = v;
@@ -109,23 +112,61 @@ __device__ __noinline__ Moments wide_moments(const Walk walk, const T* x, int k,
   return Moments{n, 0.0, center ? sum / n : 0.0, m2};
 }
 
-// The moments of a thread's sums, and whether float held them.
+// The moments of `count` float64 values from x on, runs of r1 that lie `row` apart, read again by a
+// team: x is scaled by `before`, distances from the mean by `after` as well. Rare, so simple rather
+// than fast.
+template <bool WIDE>
+__device__ __noinline__ Moments scaled_moments(const double* x, i64 count, i64 r1, i64 row, u32 lanes, u32 lane,
+                                               bool center, double before, double after) {
+  auto value = [=](i64 i) { return before * x[i / r1 * row + i % r1]; };
+  const double first = count && center ? value(0) : 0.0, shift = isfinite(first) ? first : 0.0;
+  double sum[1] = {0.0}, m2[1] = {0.0};
+  for (i64 i = lane; center && i < count; i += lanes) sum[0] += value(i) - shift;
+  team_sum<WIDE>(sum, lanes);
+  const double offset = sum[0] / (double)count, mean = shift + offset;
+  for (i64 i = lane; i < count; i += lanes) {
+    const double d = (value(i) - shift - offset) * after;
+    m2[0] = fma(d, d, m2[0]);
+  }
+  team_sum<WIDE>(m2, lanes);
+  return Moments{(double)count, mean / before, isfinite(mean) ? (shift - mean + offset) / before : 0.0, m2[0]};
+}
+
+// Redoes a team's moments of a group where float64 does not hold the squares; the unit of m2.
+template <bool WIDE, class T>
+__device__ __forceinline__ double hold(Moments& m, const Geometry& g, const T* x, i64 group, u32 lanes, u32 lane,
+                                       bool center, double eps) {
+  double unit = 1.0;
+  if constexpr (sizeof(T) == 8) {
+    const bool over = m.n > 0.0 && !isfinite(m.m2), under = eps < 0x1p-850 && m.m2 < m.n * 0x1p-900;
+    if (WIDE ? over || under : __any_sync(~0u, over || under)) {
+      const double before = over ? 0x1p-600 : 1.0, after = under ? 0x1p600 : 1.0;
+      const i64 base = group / g.k1 * g.r0 * g.row() + group % g.k1 * g.r1, count = over || under ? g.r0 * g.r1 : 0;
+      const Moments again = scaled_moments<WIDE>(x + base, count, g.r1, g.row(), lanes, lane, center, before, after);
+      if (count) m = again, unit = before * after;
+    }
+  }
+  return unit;
+}
+
+// The moments of a thread's sums, and whether they are to be taken in double instead of float.
 template <class Walk, class A>
 __device__ __forceinline__ bool thread_moments(const Sums<Walk, A>& s, int k, bool center, double least, Moments& m) {
   const double n = s.n, sum = s.sum[k], square = s.square[k];
   m = Moments{n, 0.0, 0.0, square};
   if (s.n == 0) return true;
-  if (center) m.shift = s.shift[k], m.offset = sum / n, m.m2 = max(square - sum / n * sum, 0.0);
-  return isfinite(sum) && isfinite(square) && !(sizeof(A) == 4 && square < least);
+  const bool finite = isfinite(sum) && isfinite(square);
+  if (center) m.shift = s.shift[k], m.offset = sum / n, m.m2 = finite ? max(square - sum / n * sum, 0.0) : square + 0.0 * sum;
+  return sizeof(A) == 8 || (finite && !(square < least));
 }
 
-// Merge what the threads of a block of Columns have: calls done(group of the tile, moments) in all
-// threads that merged it. The table is (rows of threads, columns).
+// Merge what the threads of a block of Columns have: calls done(group of the tile, moments, unit) in
+// all threads that merged it. The table is (rows of threads, columns).
 extern __shared__ __align__(16) unsigned char nk_shared[];
 
 template <class T, class A, int N, class F>
 __device__ __forceinline__ void merge_columns(const Geometry& g, const Columns<N>& walk, const Sums<Columns<N>, A>& sums,
-                                              const T* x, bool center, double least, F done) {
+                                              const T* x, bool center, double eps, double least, F done) {
   Moments* const table = reinterpret_cast<Moments*>(nk_shared);
   const u32 lane = threadIdx.x % g.merge, teams = blockDim.x / g.merge, runs = walk.width / (u32)g.r1;
   const u32 mine = threadIdx.x / g.lanes;
@@ -142,12 +183,13 @@ __device__ __forceinline__ void merge_columns(const Geometry& g, const Columns<N
   const Div by_run((u32)g.r1);
   for (u32 first = 0; first < runs; first += teams) {
     const u32 i = first + threadIdx.x / g.merge;
-    const Moments m = combine<false>(g.merge, lane, i < runs ? walk.down * (u32)g.r1 : 0, [&](u32 e) {
+    Moments m = combine<false>(g.merge, lane, i < runs ? walk.down * (u32)g.r1 : 0, [&](u32 e) {
       u32 column;
       const u32 row = by_run(e, column);
       return table[row * walk.width + i * (u32)g.r1 + column];
     });
-    if (i < runs) done(i, m, lane == 0);
+    const double unit = g.parts > 1 ? 1.0 : hold<false>(m, g, x, walk.group0 + i, g.merge, lane, center, eps);
+    if (i < runs) done(i, m, unit, lane == 0);
   }
 }
 
@@ -180,11 +222,11 @@ forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments*
       v.open(f);
       sums.add(f, s.n, center);
     }, held);
-    auto finish = [&](i64 i, const Moments& m, bool writes) {
+    auto finish = [&](i64 i, const Moments& m, double unit, bool writes) {
       if (STAGE == REDUCE && g.parts > 1) {
         if (writes) partials[i * g.parts + walk.part] = m;
       } else {
-        const Stat<A> s = st.finish<A>(i, m, task.eps, writes, [&](i64 i, double mean, double var) {
+        const Stat<A> s = st.finish<A>(i, m, unit, task.eps, writes, [&](i64 i, double mean, double var) {
           if (running_mean) task.update(running_mean, running_spread, i, mean, var);
         });
         if (ROWS) stat[0] = s;
@@ -193,10 +235,13 @@ forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments*
     if constexpr (ROWS) {
       Moments own;
       if (!thread_moments(sums, 0, center, task.least, own)) own = wide_moments(walk, x, 0, center);
-      finish(walk.group, combine<WIDE>(g.lanes, walk.lane, g.lanes, [&](u32) { return own; }), walk.leads());
+      Moments m = combine<WIDE>(g.lanes, walk.lane, g.lanes, [&](u32) { return own; });
+      const double unit = g.parts > 1 ? 1.0 : hold<WIDE>(m, g, x, walk.group, g.lanes, walk.lane, center, task.eps);
+      finish(walk.group, m, unit, walk.leads());
     } else {
-      merge_columns(g, walk, sums, x, center, task.least,
-                    [&](u32 i, const Moments& m, bool writes) { finish(walk.group0 + i, m, writes); });
+      merge_columns(g, walk, sums, x, center, task.eps, task.least, [&](u32 i, const Moments& m, double unit, bool writes) {
+        finish(walk.group0 + i, m, unit, writes);
+      });
     }
     if (!ROWS) __syncthreads();  // what was written is read again below
   }
@@ -222,23 +267,25 @@ forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments*
 
 // Statistics from the moments of all parts of a group: a warp a group, or a block.
 struct FinishMoments {
+  Geometry geometry;
   i64 groups;
   double eps;
-  u32 parts;
+  int center;
   Update update;
 };
 
-template <bool WIDE>
+template <class T, bool WIDE>
 __global__ void __launch_bounds__(256)
-finish_moments(const Moments* partials, double* stats, void* running_mean, void* running_spread,
+finish_moments(const T* x, const Moments* partials, double* stats, void* running_mean, void* running_spread,
                const FinishMoments task) {
+  const Geometry& g = task.geometry;
   const u32 lanes = WIDE ? blockDim.x : 32, lane = threadIdx.x % lanes;
   const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
   const bool valid = group < task.groups;
-  const Moments m = combine<WIDE>(lanes, lane, valid ? task.parts : 0,
-                                  [&](u32 i) { return partials[group * task.parts + i]; });
+  Moments m = combine<WIDE>(lanes, lane, valid ? g.parts : 0, [&](u32 i) { return partials[group * g.parts + i]; });
+  const double unit = hold<WIDE>(m, g, x, group, lanes, lane, task.center, task.eps);
   if (!valid) return;
-  Statistics{stats, task.groups}.finish<double>(group, m, task.eps, lane == 0, [&](i64 i, double mean, double var) {
+  Statistics{stats, task.groups}.finish<double>(group, m, unit, task.eps, lane == 0, [&](i64 i, double mean, double var) {
     if (running_mean) task.update(running_mean, running_spread, i, mean, var);
   });
 }
