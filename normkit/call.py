@@ -278,10 +278,11 @@ class Call:
                 backend.normalize(packed, axes, stats, gamma, beta, target)
             else:
                 backend.infer(packed, axes, *given, gamma, beta, target)
-        elif running.clip:
+        elif running.clip and not (backend.renormalizes and plan.direct_running):
             stats = backend.moments(packed, axes, eps=self.eps, center=True)
             if running.clip != (1.0, 0.0):  # which is batch norm
-                r, d = self._renorm(running, stats, xp)
+                mean, std, _ = self._given(running, xp)
+                r, d = self._per_param(*backend.renorm(stats, mean, std, running.clip), xp)
                 gamma, beta = backend.affine(gamma, beta, r, d, plan.arithmetic)
             backend.normalize(packed, axes, stats, gamma, beta, target)
             self._update(running, stats.mean, stats.rstd, None)
@@ -294,6 +295,8 @@ class Call:
             if not fused:
                 assert stats is not None
                 self._update(running, stats.mean, stats.var, update.factor)
+            elif running.clip and stats is not None and stats.r is not None:
+                r, d = self._per_param(stats.r, stats.d, xp)
         if target is not view:
             view[...] = target
         return y, stats, r, d
@@ -366,10 +369,10 @@ class Call:
         )  # fmt: skip
 
     def _entry(self, running: Running) -> Update:
-        """How variances of this call enter running ones."""
+        """How statistics of this call enter running ones."""
         size = self.plan.layout.axes.group_size
-        factor = None if self.frozen else size / (size - 1)
-        return Update(running.mean, running.spread, factor, running.momentum)
+        factor = None if self.frozen or running.clip else size / (size - 1)
+        return Update(running.mean, running.spread, factor, running.momentum, running.clip)
 
     def like_x(self, xp: Any) -> Array:
         """A new array of x's dtype, in native byte order, and layout."""
@@ -420,11 +423,8 @@ class Call:
             )
         return mean, spread, None if running.clip else self.eps
 
-    def _renorm(self, running: Running, stats: Stats, xp: Any) -> tuple[Array, Array]:
-        """r and d of Batch Renormalization, constants for the gradient."""
-        assert running.clip is not None
-        mean, std, _ = self._given(running, xp)
-        r, d = self.backend.renorm(stats, mean, std, running.clip)
+    def _per_param(self, r: Array, d: Array, xp: Any) -> tuple[Array, Array]:
+        """r and d of Batch Renormalization, constants for the gradient, one a parameter."""
         layout = self.plan.layout
         if layout.axes.params == layout.axes.groups:  # which are in one order
             return r, d

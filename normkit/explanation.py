@@ -152,13 +152,14 @@ def _steps(call: Call, backend: Backend) -> Iterator[Step]:
     given, affine = call.running, (call.gamma, call.beta)
     operations: list[tuple[str, Update | None]] = [("forward", None)]
     if given is not None:
-        update = Update(given.mean, given.spread, None if given.clip else 1.0, given.momentum)
+        factor, fused = None if given.clip else 1.0, call.plan.direct_running
+        update = Update(given.mean, given.spread, factor, given.momentum, given.clip)
         if call.frozen:
-            operations = [("given", update), ("normalize", None)]
-        elif given.clip:
+            operations = [("infer", update)]
+        elif given.clip and not (backend.renormalizes and fused):
             corrected = [("renorm", update), ("affine", None)] * (given.clip != (1.0, 0.0))
             operations = [("moments", None), *corrected, ("normalize", None), ("average", update)]
-        elif call.plan.direct_running:
+        elif fused:
             operations = [("forward", update)]
         else:
             operations = [("forward", None), ("average", update)]

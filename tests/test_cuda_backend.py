@@ -125,7 +125,10 @@ class Unrun(Host):
 def serving(device: Host) -> Iterator[Host]:
     """NumPy arrays are the device's."""
     backend = Cuda(device)
-    with mock.patch("normkit.call.backend_for", return_value=backend):
+    with (
+        mock.patch("normkit.call.backend_for", return_value=backend),
+        mock.patch("normkit.call.chosen_backend", return_value=backend),
+    ):
         yield device
 
 
@@ -278,14 +281,16 @@ def steps(shape: tuple[int, ...], move: Callable[[Any], Any]) -> list[Any]:
     rng, seen = np.random.default_rng(1), []
     x, dy = (move(rng.standard_normal(shape).astype("float32")) for _ in range(2))
     gamma, beta = (move(rng.standard_normal(shape[1]).astype("float32")) for _ in range(2))
-    for norm, name in (
-        (nk.batch_norm, "running_var"),
-        (nk.batch_renorm, "running_std"),
-        (nk.instance_norm, "running_var"),
+    for norm, name, step in (
+        (nk.batch_norm, "running_var", 1),
+        (nk.batch_renorm, "running_std", 1),
+        (nk.batch_renorm, "running_std", 2),  # r and d by a kernel of their own
+        (nk.instance_norm, "running_var", 1),
     ):
         if norm is nk.instance_norm and len(shape) == 2:
             continue
-        mean, spread = move(np.zeros(shape[1], "float32")), move(np.ones(shape[1]))
+        size = step * shape[1]
+        mean, spread = move(np.zeros(size, "float32"))[::step], move(np.ones(size))[::step]
         for training in (True, False):
             options = {"running_mean": mean, name: spread, "training": training}
             seen.append(norm(x, gamma, beta, **options))
@@ -446,6 +451,29 @@ def test_launches(call: Call, forward: int, backward: int, dtype: str) -> None:
         device.launched.clear()
         pullback(dy)
         assert len(device.launched) == backward
+
+
+# How many kernels y takes where there are running statistics: in training and in inference.
+WITH_RUNNING = [
+    (nk.batch_norm, "running_var", (32, 64, 14, 14), 1, 1),
+    (nk.batch_norm, "running_var", (32, 64, 56, 56), 3, 1),
+    (nk.batch_renorm, "running_std", (32, 64, 14, 14), 1, 1),
+    (nk.batch_renorm, "running_std", (64, 40), 1, 1),
+    (nk.batch_renorm, "running_std", (32, 64, 56, 56), 3, 1),
+    (nk.instance_norm, "running_var", (8, 64, 28, 28), 2, 1),
+]
+
+
+@pytest.mark.parametrize(("norm", "spread", "shape", "training", "inference"), WITH_RUNNING)
+def test_launches_with_running_statistics(
+    norm: Any, spread: str, shape: tuple[int, ...], training: int, inference: int
+) -> None:
+    x = np.zeros(shape, "float32")
+    running = {"running_mean": np.zeros(shape[1]), spread: np.ones(shape[1])}
+    for train, launches in ((True, training), (False, inference)):
+        with serving(Unrun()) as device, np.errstate(all="ignore"):
+            norm(x, **running, training=train)
+            assert len(device.launched) == launches
 
 
 def regime(kernel: str) -> tuple[str, ...]:

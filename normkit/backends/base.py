@@ -21,6 +21,8 @@ class Stats(NamedTuple):
     rstd: Array  #: 1 / sqrt(var + eps)
     var: Array = None  #: biased variance; absent where statistics were given
     residual: Array | None = None  #: what rounding `mean` left out, where the backend keeps it
+    r: Array | None = None  #: of Batch Renormalization, where `forward` computed it, with d
+    d: Array | None = None
 
 
 class Update(NamedTuple):
@@ -37,6 +39,7 @@ class Update(NamedTuple):
     spread: Array
     factor: float | None
     momentum: float
+    clip: tuple[float, float] | None = None  #: (r_max, d_max) of Batch Renormalization
 
 
 #: ``launch(x, y, gamma, beta, running_mean, running_spread, keep)``: statistics, with `keep`
@@ -66,6 +69,7 @@ class Backend(ABC):
 
     name: ClassVar[str]  #: what `use_backend` takes
     arrays: ClassVar[tuple[str, ...]]  #: top-level modules of the array types it serves
+    renormalizes: ClassVar[bool] = False  #: whether `forward` heeds the clip of an update
 
     @abstractmethod
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
@@ -117,7 +121,8 @@ class Backend(ABC):
     ) -> Stats | None:
         """`moments`, `normalize` and, with variances, `average`: a backend may fuse them.
 
-        Without `keep` nobody needs the statistics, and None may be returned.
+        Without `keep` nobody needs the statistics, and None may be returned. With a clip, which
+        only a backend that `renormalizes` is given, `renorm` and `affine` come before `normalize`.
         """
         stats = self.moments(x, axes, eps=eps, center=center)
         self.normalize(x, axes, stats, gamma, beta, y)

@@ -41,12 +41,21 @@ class Table:
     def residual(self) -> Array:
         return self.values[3]
 
+    @property
+    def r(self) -> Array | None:
+        return self.values[4] if len(self.values) > 4 else None
+
+    @property
+    def d(self) -> Array | None:
+        return self.values[5] if len(self.values) > 4 else None
+
 
 class Cuda(Backend):
     """Looks up the program of an operation and runs it: all else is decided once."""
 
     name = "cuda"
     arrays = ("cupy",)
+    renormalizes = True
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -80,7 +89,7 @@ class Cuda(Backend):
     ) -> Any:
         running, of = (None, None), None
         if update is not None:
-            running, of = update[:2], _of(update)
+            running, of = (update.mean, update.spread), _of(update)
         aligned = self._aligned(x, y, gamma, beta)
         key = axes, _name(x.dtype), _dtype(gamma), _dtype(beta), aligned, eps, center, keep, of
         stats = self._run(planner.forward, key, x, y, gamma, beta, *running)
@@ -114,8 +123,23 @@ class Cuda(Backend):
         sums = self._run(planner.gradients, key, x, dy, dx, gamma, self._values(stats))
         return (sums[0], sums[1]) if sums else None
 
+    def infer(
+        self,
+        x: Array,
+        axes: Axes,
+        mean: Array,
+        spread: Array,
+        eps: float | None,
+        gamma: Array | None,
+        beta: Array | None,
+        y: Array,
+    ) -> None:
+        of, aligned = _kinds(mean, spread), self._aligned(x, y, gamma, beta)
+        key = axes, _name(x.dtype), _dtype(gamma), _dtype(beta), aligned, of, eps
+        self._run(planner.infer, key, x, y, gamma, beta, mean, spread)
+
     def given(self, mean: Array, spread: Array, eps: float | None) -> Any:
-        key = mean.size, _name(mean.dtype), _name(spread.dtype), eps
+        key = mean.size, _kinds(mean, spread), eps
         return Table(self._run(planner.given, key, mean, spread)[0])
 
     def average(self, update: Update, mean: Array, spread: Array) -> None:
@@ -128,7 +152,7 @@ class Cuda(Backend):
     def renorm(
         self, stats: Stats, mean: Array, std: Array, clip: tuple[float, float]
     ) -> tuple[Array, Array]:
-        key = mean.size, _name(mean.dtype), _name(std.dtype), *clip
+        key = mean.size, _kinds(mean, std)._replace(clip=clip)
         r, d = self._run(planner.renorm, key, self._values(stats), mean, std)
         return r, d
 
@@ -168,9 +192,9 @@ class Cuda(Backend):
             if operation == "average":
                 program = planner.average(count, of)
             elif operation == "renorm":
-                program = planner.renorm(count, *of[:2], 1.0, 0.0)
+                program = planner.renorm(count, of)
             else:
-                program = planner.given(count, *of[:2], eps)
+                program = planner.infer(axes, dtype, *affine, aligned, of, eps)
         return [
             Step(a.kernel, f"grid {a.grid[0]}, block {a.threads}, {a.shared} bytes shared")
             for a in program.launches
@@ -232,7 +256,13 @@ def _name(dtype: Any) -> str:  # NumPy spells it out anew each time
 
 
 def _of(update: Update) -> planner.Update:
-    return _name(update.mean.dtype), _name(update.spread.dtype), update.factor, update.momentum
+    return _kinds(*update[:2])._replace(
+        factor=update.factor, momentum=update.momentum, clip=update.clip
+    )
+
+
+def _kinds(mean: Array, spread: Array) -> planner.Update:
+    return planner.Update(_name(mean.dtype), _name(spread.dtype))
 
 
 def _dtype(array: Array | None) -> str | None:

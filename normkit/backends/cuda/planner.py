@@ -61,10 +61,12 @@ GEOMETRY = _struct(
     **dict.fromkeys(("k0", "r0", "k1", "r1", "params", "span"), "i8"),
     **dict.fromkeys(("parts", "per", "slots", "lanes", "columns", "merge"), "u4"),
 )
-UPDATE = _struct(mean_kind="i4", spread_kind="i4", factor="f8", momentum="f8")
+UPDATE = _struct(
+    mean_kind="i4", spread_kind="i4", **dict.fromkeys(("factor", "momentum"), "f8"),
+    **dict.fromkeys(("r_min", "r_max", "d_max"), "f8"),
+)  # fmt: skip
 FORWARD = _struct(geometry=GEOMETRY, groups="i8", eps="f8", least="f8", center="i4", update=UPDATE)
 FINISH_MOMENTS = _struct(geometry=GEOMETRY, groups="i8", eps="f8", center="i4", update=UPDATE)
-AVERAGE = _struct(count="i8", update=UPDATE)
 BACKWARD = _struct(
     geometry=GEOMETRY,
     **dict.fromkeys(("groups", "outer", "inner", "count", "blocks"), "i8"),
@@ -77,15 +79,36 @@ FINISH_GRADIENTS = _struct(
     groups="i8", params="i8", within="i8", members="f8", parts="u4", group_cells="u4"
 )
 FOLD = _struct(rows="i8", params="i8", within="i8")
-CHANNELS = _struct(
-    count="i8", mean_kind="i4", spread_kind="i4", eps="f8",
-    r_max="f8", d_max="f8", gamma_kind="i4", beta_kind="i4", kind="i4",
-)  # fmt: skip
+CHANNELS = _struct(count="i8", eps="f8", update=UPDATE, gamma_kind="i4", beta_kind="i4", kind="i4")
 KINDS = "float32", "float64", "float16", "bfloat16"  #: by their numbers in kernels/common.cuh
 
-#: dtypes of a running mean and spread, the factor of a new spread, the momentum
-Update = tuple[str, str, float | None, float]
-NO_UPDATE = 0, 0, 0.0, 0.0
+Clip = tuple[float, float]  #: r_max and d_max of Batch Renormalization
+
+
+class Update(NamedTuple):
+    """`base.Update`, by the dtypes of its arrays; or statistics that are given."""
+
+    mean: str
+    spread: str
+    factor: float | None = None
+    momentum: float = 0.0
+    clip: Clip | None = None
+
+    @property
+    def renorm(self) -> bool:
+        """Whether r and d are any but 1 and 0."""
+        return self.clip not in (None, (1.0, 0.0))
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Those of UPDATE."""
+        kinds = KINDS.index(self.mean), KINDS.index(self.spread)
+        r_max, d_max = self.clip if self.clip and self.renorm else (0.0, 0.0)
+        r_min = 1 / r_max if r_max else 0.0
+        return (*kinds, self.factor or 0.0, self.momentum, r_min, r_max, d_max)
+
+
+NO_UPDATE = 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0
 
 
 @cache
@@ -373,8 +396,9 @@ class _Writer:
         return Program(self.given, self.new, results, tuple(self.launches), self.casts)
 
 
-def _stats(w: _Writer, axes: Axes) -> str:
-    return w.make("stats", (4, axes.groups), "float64")
+def _stats(w: _Writer, axes: Axes, update: Update | None = None) -> str:
+    """A table of statistics, with r and d if they are asked for: see kernels/forward.cuh."""
+    return w.make("stats", (6 if update and update.renorm else 4, axes.groups), "float64")
 
 
 def moments(axes: Axes, dtype: str, aligned: bool, eps: float, center: bool) -> Program:
@@ -389,7 +413,22 @@ def normalize(
 ) -> Program:
     """x, y, gamma, beta, stats ->"""
     w = _Writer("x", "y", "gamma", "beta", "stats")
-    _normalize(w, axes, dtype, gamma, beta, aligned)
+    _normalize(w, axes, dtype, gamma, beta, aligned, "stats")
+    return w.program()
+
+
+def infer(
+    axes: Axes,
+    dtype: str,
+    gamma: str | None,
+    beta: str | None,
+    aligned: bool,
+    given: Update,
+    eps: float | None,
+) -> Program:
+    """x, y, gamma, beta, mean, spread ->"""
+    w = _Writer("x", "y", "gamma", "beta", "mean", "spread")
+    _normalize(w, axes, dtype, gamma, beta, aligned, None, given, eps)
     return w.program()
 
 
@@ -409,22 +448,19 @@ def forward(
     t = tile(axes, ITEMSIZE[dtype], aligned, PART, bool(gamma or beta))
     if t.parts > 1:
         _moments(w, axes, dtype, bare(t), eps, center, update)
-        _normalize(w, axes, dtype, gamma, beta, aligned)
+        _normalize(w, axes, dtype, gamma, beta, aligned, "stats", update)
         return w.program(results=1)
-    needed = keep or t.walk == "Columns"  # whose threads read what others wrote
-    stats = _stats(w, axes) if needed else None
+    # where threads read what others wrote
+    needed = keep or t.walk == "Columns" or (update is not None and update.renorm)
+    stats = _stats(w, axes, update) if needed else None
     param = w.parameters(t, dtype, gamma=gamma, beta=beta)
     arrays = "x", "y", gamma and "gamma", beta and "beta", stats, None
     _forward(w, t, BOTH, axes, dtype, param, arrays, eps, center, update)
     return w.program(results=bool(stats))
 
 
-def _update(update: Update | None) -> tuple[int, int, float, float]:
-    """The values of UPDATE."""
-    if update is None:
-        return NO_UPDATE
-    mean, spread, factor, momentum = update
-    return KINDS.index(mean), KINDS.index(spread), factor or 0.0, momentum
+def _values(update: Update | None) -> tuple[Any, ...]:
+    return update.values if update else NO_UPDATE
 
 
 def _running(update: Update | None) -> tuple[str | None, str | None]:
@@ -441,7 +477,7 @@ def _moments(
     update: Update | None = None,
 ) -> None:
     """The statistics, by a kernel that does nothing else, and another for several parts."""
-    stats, split = _stats(w, axes), t.parts > 1
+    stats, split = _stats(w, axes, update), t.parts > 1
     partials = w.make("partials", axes.groups * t.parts, MOMENTS) if split else None
     arrays = "x", None, None, None, stats, partials
     at_once = None if split else update
@@ -449,7 +485,7 @@ def _moments(
     if split:
         block = t.parts > MANY
         grid = axes.groups if block else _up(axes.groups, 8)
-        values = tuple(t.geometry), axes.groups, eps, center, _update(update)
+        values = tuple(t.geometry), axes.groups, eps, center, _values(update)
         again = "x" if dtype == "float64" else None  # where sums may overflow
         tables = again, partials, stats, *_running(update)
         kernel = f"nk::finish_moments<{CTYPE[ARITHMETIC[dtype]]}, {block:d}>"
@@ -457,12 +493,26 @@ def _moments(
 
 
 def _normalize(
-    w: _Writer, axes: Axes, dtype: str, gamma: str | None, beta: str | None, aligned: bool
+    w: _Writer,
+    axes: Axes,
+    dtype: str,
+    gamma: str | None,
+    beta: str | None,
+    aligned: bool,
+    stats: str | None,
+    update: Update | None = None,
+    eps: float | None = 0.0,
 ) -> None:
+    """y from a table of statistics, or without one from given ones."""
     t = tile(axes, ITEMSIZE[dtype], aligned, APPLY_PART, bool(gamma or beta))
     param = w.parameters(t, dtype, gamma=gamma, beta=beta)
-    arrays = "x", "y", gamma and "gamma", beta and "beta", "stats", None
-    _forward(w, t, APPLY, axes, dtype, param, arrays, 0.0, True)
+    arrays = "x", "y", gamma and "gamma", beta and "beta", stats, None
+    _forward(w, t, APPLY, axes, dtype, param, arrays, _spread(eps), True, update)
+
+
+def _spread(eps: float | None) -> float:
+    """What kernels add to a given spread: less than 0 for a standard deviation."""
+    return -1.0 if eps is None else eps
 
 
 def _forward(
@@ -481,7 +531,7 @@ def _forward(
     shared = t.shared(MOMENTS.itemsize) if stage & REDUCE else 0
     # float squares below this may have lost digits that eps does not hide
     least = 0.0 if eps > 1e-15 else 1e-25
-    values = tuple(t.geometry), axes.groups, eps, least, center, _update(update)
+    values = tuple(t.geometry), axes.groups, eps, least, center, _values(update)
     name, arrays = _name("forward", dtype, param, t, stage), (*arrays, *_running(update))
     w.launch(name, t.grid[0], t.threads, shared, arrays, FORWARD, *values)
 
@@ -638,62 +688,45 @@ class _Gradients:
 
 
 def _per_channel(
-    kernel: str, given: str, new: dict[str, tuple[Any, Any]], count: int, **values: Any
+    kernel: str,
+    given: str,
+    new: dict[str, tuple[Any, Any]],
+    count: int,
+    update: Update | None = None,
+    eps: float | None = 0.0,
+    kinds: tuple[str | None, ...] = (None, None, None),
 ) -> Program:
     """A kernel of kernels/channels.cuh, whose arguments are the given arrays, then the new ones."""
     w = _Writer(*given.split())
-    struct = np.zeros((), CHANNELS)
-    for name, value in ({"count": count} | values).items():
-        if name.endswith("kind"):
-            value = KINDS.index(value) if value else 0
-        struct[name] = value
     for name, (shape, dtype) in new.items():
         w.make(name, shape, dtype)
-    absent = {name.removesuffix("_kind") for name, value in values.items() if value is None}
+    absent = {name for name, kind in zip(("gamma", "beta"), kinds, strict=False) if not kind}
     arrays = tuple(None if name in absent else name for name in (*w.given, *new))
-    w.launch(f"nk::{kernel}", _up(count, 128), 128, 0, arrays, CHANNELS, *struct[()])
+    values = count, _spread(eps), _values(update), *(KINDS.index(k) if k else 0 for k in kinds)
+    w.launch(f"nk::{kernel}", _up(count, 128), 128, 0, arrays, CHANNELS, *values)
     return w.program(len(new))
 
 
-def given(count: int, mean: str, spread: str, eps: float | None) -> Program:
+def given(count: int, of: Update, eps: float | None) -> Program:
     """mean, spread -> stats"""
-    return _per_channel(
-        "given",
-        "mean spread",
-        {"stats": ((4, count), "float64")},
-        count,
-        mean_kind=mean,
-        spread_kind=spread,
-        eps=-1.0 if eps is None else eps,
-    )
+    return _per_channel("given", "mean spread", {"stats": ((4, count), "float64")}, count, of, eps)
 
 
 def average(count: int, update: Update) -> Program:
     """mean, spread, new_mean, new_spread -> : the first two change"""
-    w = _Writer("mean", "spread", "new_mean", "new_spread")
-    w.launch("nk::average", _up(count, 128), 128, 0, w.given, AVERAGE, count, _update(update))
-    return w.program()
+    return _per_channel("average", "mean spread new_mean new_spread", {}, count, update)
 
 
-def renorm(count: int, mean: str, std: str, r_max: float, d_max: float) -> Program:
+def renorm(count: int, update: Update) -> Program:
     """stats, mean, std -> r and d"""
-    return _per_channel(
-        "renorm",
-        "stats mean std",
-        dict.fromkeys(("r", "d"), (count, "float64")),
-        count,
-        mean_kind=mean,
-        spread_kind=std,
-        r_max=r_max,
-        d_max=d_max,
-    )
+    new = dict.fromkeys(("r", "d"), (count, "float64"))
+    return _per_channel("renorm", "stats mean std", new, count, update)
 
 
 def affine(count: int, gamma: str | None, beta: str | None, dtype: str) -> Program:
     """gamma, beta, r, d -> scaled, shifted"""
     new = dict.fromkeys(("scaled", "shifted"), (count, dtype))
-    kinds = {"gamma_kind": gamma, "beta_kind": beta, "kind": dtype}
-    return _per_channel("affine", "gamma beta r d", new, count, **kinds)
+    return _per_channel("affine", "gamma beta r d", new, count, kinds=(gamma, beta, dtype))
 
 
 # Names

@@ -127,7 +127,7 @@ def _running(update: Update | None, eps: float | None) -> tuple[Any, ...]:
     """Running statistics as the kernels take them."""
     if update is None:
         return _NO_UPDATE
-    mean, spread, factor, momentum = update
+    mean, spread, factor, momentum, _ = update
     kinds = k.WIDE_MEAN if mean.dtype.itemsize == 8 else 0
     kinds |= k.WIDE_SPREAD if spread.dtype.itemsize == 8 else 0
     kinds |= k.DEVIATION if eps is None else 0
@@ -364,7 +364,7 @@ class Numba(Backend):
         return grads[0], grads[1]
 
     def steps(self, operation: str, x: Array, axes: Axes, *_: Any, **options: Any) -> list[Step]:
-        if operation not in ("moments", "normalize", "forward"):
+        if operation not in ("moments", "normalize", "infer", "forward"):
             return []  # no kernel's, or part of one of these
         work = _work(axes, x.dtype)
         kernel, unit = ("rows_forward", "group") if work.rows else ("columns_forward", "slab")
@@ -378,7 +378,7 @@ class Numba(Backend):
         if operation == "forward" and not scarce:
             return [step(f"statistics and result, {unit} by {unit}", work.units, unit)]
         found = []
-        if operation != "normalize":
+        if operation not in ("normalize", "infer"):
             if scarce:
                 found.append(step("sums", work.units * work.parts, "part"))
             found.append(step("statistics", work.units, unit))

@@ -45,7 +45,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
   constexpr bool ROWS = Walk::ROWS, RUNS = Walk::RUNS, OWN = STAGE & PARAMS, SPREAD = STAGE & CROSS;
   constexpr bool WEIGHTED = MODE == FIXED || RUNS;  // later: the sums of cells, by gamma
   const Geometry& g = task.geometry;
-  const Statistics st{stats, task.groups};
+  const Statistics st{stats, task.groups, false};
   const Gradients<P> grads{dgamma, dbeta};
   const i64 inner = task.inner, count = task.count, blocks = task.blocks;
   const bool center = task.center, frozen = task.frozen;

@@ -6,45 +6,69 @@ enum { REDUCE = 1, APPLY = 2 };
 // or flush are scaled by a power of two, at no cost.
 template <class A> struct Stat {
   A hi, lo, rstd, scale;  // the mean in two parts and rstd, both of scaled data
+  A offset;               // of xhat: the d of Batch Renormalization
   __device__ __forceinline__ Stat() {}
-  __device__ __forceinline__ Stat(double mean, double residual, double r) {
+  __device__ __forceinline__ Stat(double mean, double residual, double r, double d = 0.0) : offset((A)d) {
     const double big = sizeof(A) == 4 ? 0x1p96 : 0x1p500, s = r > 1e-30 ? r < 1e30 ? 1.0 : big : 1.0 / big;
     hi = (A)(mean * s);
     lo = (A)(mean * s - (double)hi + residual * s);
     rstd = (A)(r / s);
     scale = (A)s;
   }
-  __device__ __forceinline__ A xhat(A x) const { return (fma(x, scale, -hi) - lo) * rstd; }
+  __device__ __forceinline__ A xhat(A x) const { return fma(fma(x, scale, -hi) - lo, rstd, offset); }
   __device__ __forceinline__ A unscale(A v) const { return v * rstd * scale; }
 };
 
-// Running statistics, and how new ones enter them.
+// Not fmin and fmax, which lose NaN.
+__device__ __forceinline__ double clip(double v, double low, double high) { return v < low ? low : v > high ? high : v; }
+
+// How new statistics enter running ones, whose kinds these are.
 struct Update {
   int mean_kind, spread_kind;
-  double factor, momentum;  // factor 0: the new spread is given as its inverse
-  __device__ void operator()(void* mean, void* spread, i64 i, double new_mean, double new_spread) const {
-    const double s = factor == 0.0 ? 1.0 / new_spread : factor * new_spread;
-    const double m = get(mean, mean_kind, i), v = get(spread, spread_kind, i);
-    put(mean, mean_kind, i, m + momentum * (new_mean - m));
-    put(spread, spread_kind, i, v + momentum * (s - v));
-  }
-};
-struct Average {
-  i64 count;
-  Update update;
+  double factor, momentum;     // factor 0: the spread is a standard deviation
+  double r_min, r_max, d_max;  // of Batch Renormalization; r_max 0: it is none
 };
 
-// Of all groups, in global memory: mean, rstd, variance, and (double) what rounding the mean left out,
-// a row each; or null where nobody needs them.
+// Running statistics, or given ones; null where there are none.
+struct Running {
+  void *mean, *spread;
+  const Update& by;
+  __device__ __forceinline__ double old_mean(i64 i) const { return get(mean, by.mean_kind, i); }
+  __device__ __forceinline__ double old_spread(i64 i) const { return get(spread, by.spread_kind, i); }
+  // from a variance or, with eps below 0, a standard deviation
+  __device__ __forceinline__ double rstd(i64 i, double eps) const {
+    return eps < 0.0 ? 1.0 / old_spread(i) : rsqrt(old_spread(i) + eps);
+  }
+  // r and d, from the mean and standard deviation of the running statistics and the new ones
+  __device__ __forceinline__ void renorm(double m, double s, double new_mean, double std, double* r, double* d) const {
+    const double rs = 1.0 / s;
+    *r = by.r_max == 1.0 ? 1.0 : clip(std * rs, by.r_min, by.r_max);
+    *d = by.d_max == 0.0 ? 0.0 : clip((new_mean - m) * rs, -by.d_max, by.d_max);
+  }
+  // r and d, if they are wanted, come from what there was before
+  __device__ __forceinline__ void enter(i64 i, double new_mean, double var, double rstd, double* r, double* d) const {
+    const double m = old_mean(i), s = old_spread(i), new_spread = by.factor == 0.0 ? 1.0 / rstd : by.factor * var;
+    if (r) renorm(m, s, new_mean, new_spread, r, d);
+    put(mean, by.mean_kind, i, m + by.momentum * (new_mean - m));
+    put(spread, by.spread_kind, i, s + by.momentum * (new_spread - s));
+  }
+};
+
+// Of all groups, in global memory: mean, rstd, variance, (double) what rounding the mean left out, and
+// (renorm) r and d, a row each; or null where nobody needs them.
 struct Statistics {
   double* p;
   i64 groups;
+  bool renorm;
   template <class A> __device__ __forceinline__ Stat<A> read(i64 group) const {
-    return Stat<A>(p[group], sizeof(A) == 8 ? p[3 * groups + group] : 0.0, p[groups + group]);
+    const double rest = sizeof(A) == 8 ? p[3 * groups + group] : 0.0, rstd = p[groups + group];
+    return renorm ? Stat<A>(p[group], rest, rstd * p[4 * groups + group], p[5 * groups + group])
+                  : Stat<A>(p[group], rest, rstd);
   }
-  // m2 comes in units of 1 / unit**2
-  template <class A, class F>
-  __device__ __forceinline__ Stat<A> finish(i64 group, const Moments& m, double unit, double eps, bool writes, F update) const {
+  // one thread of a team `writes`; m2 comes in units of 1 / unit**2
+  template <class A>
+  __device__ __forceinline__ Stat<A> finish(i64 group, const Moments& m, double unit, double eps, bool writes,
+                                            const Running& running) const {
     const double s = m.m2 / m.n, v = s / unit / unit, mu = m.shift + m.offset;
     const bool held = unit == 1.0 || (v + eps > 0x1p-900 && isfinite(v));
     const double r = held ? 1.0 / sqrt(v + eps) : unit / sqrt(s + eps * unit * unit);
@@ -53,7 +77,8 @@ struct Statistics {
       p[group] = mu, p[groups + group] = r, p[2 * groups + group] = v;
       if (sizeof(A) == 8) p[3 * groups + group] = rest;
     }
-    if (writes) update(group, mu, v);
+    double* const rows = renorm ? p + 4 * groups + group : nullptr;
+    if (writes && running.mean) running.enter(group, mu, v, r, rows, rows + groups);
     return Stat<A>(mu, rest, r);
   }
 };
@@ -209,7 +234,8 @@ forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments*
   constexpr int N = Walk::N, C = Walk::SUMS;
   constexpr bool ROWS = Walk::ROWS;
   const Geometry& g = task.geometry;
-  const Statistics st{stats, task.groups};
+  const Statistics st{stats, task.groups, task.update.r_max > 0.0};
+  const Running running{running_mean, running_spread, task.update};
   const bool center = task.center;
   // the half that normalises goes backwards: what the other half read last may still be in the cache
   const Walk walk(g, STAGE == APPLY ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
@@ -226,9 +252,7 @@ forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments*
       if (STAGE == REDUCE && g.parts > 1) {
         if (writes) partials[i * g.parts + walk.part] = m;
       } else {
-        const Stat<A> s = st.finish<A>(i, m, unit, task.eps, writes, [&](i64 i, double mean, double var) {
-          if (running_mean) task.update(running_mean, running_spread, i, mean, var);
-        });
+        const Stat<A> s = st.finish<A>(i, m, unit, task.eps, writes, running);
         if (ROWS) stat[0] = s;
       }
     };
@@ -243,12 +267,15 @@ forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments*
         finish(walk.group0 + i, m, unit, writes);
       });
     }
-    if (!ROWS) __syncthreads();  // what was written is read again below
+    if (!ROWS || st.renorm) __syncthreads();  // what was written is read again below
   }
   if constexpr (STAGE & APPLY) {
 #pragma unroll
-    for (int k = 0; k < C; ++k)
-      if (walk.valid && !(ROWS && STAGE & REDUCE)) stat[k] = st.read<A>(walk.group_of(k));
+    for (int k = 0; k < C; ++k) {
+      const i64 i = walk.group_of(k);
+      if (!walk.valid || (ROWS && STAGE & REDUCE && !st.renorm)) continue;
+      stat[k] = STAGE == APPLY && !stats ? Stat<A>(running.old_mean(i), 0.0, running.rstd(i, task.eps)) : st.read<A>(i);
+    }
     const Index index = g.param();
     const Param<P, Walk, MODE, ALIGNED> scale(gamma, 1.0, walk, index), offset(beta, 0.0, walk, index);
     visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
@@ -285,8 +312,7 @@ finish_moments(const T* x, const Moments* partials, double* stats, void* running
   Moments m = combine<WIDE>(lanes, lane, valid ? g.parts : 0, [&](u32 i) { return partials[group * g.parts + i]; });
   const double unit = hold<WIDE>(m, g, x, group, lanes, lane, task.center, task.eps);
   if (!valid) return;
-  Statistics{stats, task.groups}.finish<double>(group, m, unit, task.eps, lane == 0, [&](i64 i, double mean, double var) {
-    if (running_mean) task.update(running_mean, running_spread, i, mean, var);
-  });
+  const Statistics st{stats, task.groups, task.update.r_max > 0.0};
+  st.finish<double>(group, m, unit, task.eps, lane == 0, Running{running_mean, running_spread, task.update});
 }
 }  // namespace nk
