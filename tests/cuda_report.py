@@ -30,18 +30,29 @@ REPRESENTATIVE = [
     (backend.Call(nk.group_norm, (64, 56, 56, 256), LAST | {"num_groups": 32}), "bfloat16"),
 ]
 MODES = "FIXED", "ALONG", "EACH", "ANY"
-STAGES = {"1": "sums", "2": "apply", "3": "both", "5": "crossed", "11": "both, parameters"}
+STAGES = {
+    "1": "sums",
+    "2": "apply",
+    "3": "both",
+    "5": "crossed",
+    "11": "both, parameters",
+    "19": "both, in a wave",
+}
 
 
 def plans() -> None:
-    print("Plans on an H200 (132 multiprocessors): each line a launch\n")
+    print("Plans on an H200 (132 multiprocessors), or with waves: each line a launch\n")
     for call, dtype in REPRESENTATIVE:
         axes = geometry(call)
         print(f"{call!r} {dtype}, axes {tuple(axes)}")
-        forward = planner.forward(axes, dtype, dtype, dtype, True, 1e-5, True, True)
-        backward = planner.gradients(axes, dtype, dtype, dtype, True, True, False, 132)
-        for direction, program in (("forward", forward), ("backward", backward)):
-            show(direction, program)
+        for limits in (backend.H200, backend.H200._replace(waves=True)):
+            forward = planner.forward(axes, dtype, dtype, dtype, True, 1e-5, True, True, limits)
+            backward = planner.gradients(axes, dtype, dtype, dtype, True, True, False, limits)
+            for direction, program in (("forward", forward), ("backward", backward)):
+                if not limits.waves:
+                    show(direction, program)
+                elif any(launch.cooperative for launch in program.launches):
+                    show(f"{direction}, or", program)
 
 
 def geometry(call: backend.Call) -> Axes:
@@ -54,7 +65,8 @@ def geometry(call: backend.Call) -> Axes:
 def show(direction: str, program: Program) -> None:
     for launch in program.launches:
         shared = f", {launch.shared} B shared" if launch.shared else ""
-        print(f"  {direction:8} {launch.grid[0]:7} x {launch.threads:4}{shared:16} {launch.kernel}")
+        grid = f"{launch.grid[0]:7} x {launch.threads:4}"
+        print(f"  {direction:12} {grid}{shared:17} {launch.kernel}")
 
 
 def bugs() -> None:

@@ -18,6 +18,8 @@ from cuda_host import HostDevice, Launch
 from normkit.backends.cuda import Cuda, planner
 from normkit.backends.cuda import device as cuda_device
 
+LIMITS = planner.Limits(sms=2)
+
 
 class Machine:
     """A few devices, whose kernels one emulation runs."""
@@ -51,15 +53,25 @@ class Machine:
         weakref.finalize(memory, lambda *_: None, a)  # which it belongs to
         return np.ndarray(a.shape, a.dtype, memory, strides=a.strides)
 
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        return self.array(np.zeros(shape, dtype))
+
     def function(self, kernel: str, shared: int, device: int) -> Callable[..., None]:
-        def run(grid: Any, block: Any, args: tuple[Any, ...], shared: int) -> None:
+        def run(
+            grid: Any,
+            block: Any,
+            args: tuple[Any, ...],
+            shared: int,
+            enable_cooperative_groups: bool = False,
+        ) -> None:
             assert device == self.current
             *arrays, values = args
             on_host = [None if a is None else self.host_view(a) for a in arrays]
             on_host.append(values[()])
             self.launched.append((self.current, kernel))
             source = planner.source()
-            self.host.launch(Launch(source, kernel, grid, block, shared, False, tuple(on_host)))
+            together = enable_cooperative_groups
+            self.host.launch(Launch(source, kernel, grid, block, shared, together, tuple(on_host)))
 
         return run
 
@@ -72,7 +84,7 @@ class Machine:
 
 
 @contextmanager
-def cupy_on_host(**options: Any) -> Iterator[Machine]:
+def cupy_on_host(limits: planner.Limits = LIMITS, **options: Any) -> Iterator[Machine]:
     """A machine that CuPy arrays live on and normkit serves."""
     machine = Machine(HostDevice(**options))
 
@@ -82,10 +94,11 @@ def cupy_on_host(**options: Any) -> Iterator[Machine]:
     with (
         mock.patch.object(cuda_device, "_current", current),
         mock.patch.object(cuda_device, "_value", np.asarray),
-        mock.patch.object(cuda_device, "_limits", return_value=planner.Limits(sms=2)),
+        mock.patch.object(cuda_device, "_limits", return_value=limits),
         mock.patch.object(cuda_device, "function", machine.function),
         mock.patch.object(cuda_device.CuPyDevice, "current", staticmethod(current)),
         mock.patch.object(cuda_device.CuPyDevice, "null", None),
+        mock.patch.object(cuda_device.CuPyDevice, "zeros", machine.zeros),
         mock.patch.object(cupy.cuda, "Device", machine.device),
         mock.patch.object(cupy.cuda.runtime, "getDeviceCount", return_value=2),
         cupy.cuda.using_allocator(machine.allocate),

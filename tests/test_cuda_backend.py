@@ -114,8 +114,23 @@ class Host(HostDevice):
         return self.array(array, self.shift)
 
 
+H200 = Limits(sms=132, shared=228 << 10)
+
+
+class Waves(Host):
+    """A device that plans launches whose blocks meet, for as many as there can be."""
+
+    def __init__(self, shift: int = 0, sms: int = 8, kilobytes: int = 228, **options: Any) -> None:
+        super().__init__(shift, resident=2 * sms, **options)
+        self.limits = Limits(sms, kilobytes << 10, waves=True)
+
+
 class Unrun(Host):
     """Notes which kernels it is asked for."""
+
+    def __init__(self, shift: int = 0, limits: Limits | None = None) -> None:
+        super().__init__(shift)
+        self.limits = limits or self.limits
 
     def launch(self, launch: Launch) -> None:
         self.launched.append(launch.kernel)
@@ -229,6 +244,97 @@ def test_no_races_and_any_order(call: Call, shift: int) -> None:
             found = results(call, *map(device.moved, given))
         seen.add(tuple(a.tobytes() for a in found))
     assert len(seen) == 1
+
+
+# Of several parts, with parameters in all modes.
+IN_WAVES = [
+    Call(nk.rms_norm, (3, 33000)),
+    Call(nk.layer_norm, (2, 40001)),
+    Call(nk.layer_norm, (2, 9, 4000), {"axis": (1, 2), "param_axis": 2}),
+    Call(nk.layer_norm, (2, 700, 72), {"axis": 1}),
+    Call(nk.layer_norm, (2, 5000, 8), {"axis": (1, 2), "param_axis": 1}),
+    Call(nk.instance_norm, (2, 3, 200, 201)),
+    Call(nk.batch_norm, (6, 3, 90, 91)),
+    Call(nk.batch_norm, (1500, 64)),
+    Call(nk.group_norm, (2, 40, 40, 64), {"num_groups": 4, "channel_axis": -1}),
+]
+NOT_IN_WAVES = [
+    (Call(nk.batch_norm, (9000, 3)), "float32"),  # no vectors
+    (Call(nk.layer_norm, (2, 33000)), "float64"),
+    (Call(nk.layer_norm, (1, 600000)), "float32"),  # more parts than blocks
+]
+
+
+def is_wave(kernel: str) -> bool:
+    return kernel.endswith(f", {planner.BOTH | planner.WAVE}>")
+
+
+def wave_results(call: Call, given: tuple[Any, ...]) -> Any:
+    """As `results`, with running statistics where batch norm has them, which it returns too."""
+    running: list[Any] = []
+    if call.norm is nk.batch_norm:
+        running = [np.zeros(given[1].shape, "float32"), np.ones(given[1].shape)]
+        names = zip(("running_mean", "running_var"), running, strict=True)
+        call = Call(call.norm, call.shape, {**call.options, **dict(names)})
+    return [*results(call, *given), *running]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("call", IN_WAVES, ids=repr)
+def test_a_wave_has_the_bits_of_several_launches(call: Call, dtype: str) -> None:
+    """In any order of blocks, with no race, from tile to tile; all kept on chip, or not."""
+    for shift in (0, 1):
+        given = run_inputs(call, dtype, shift)
+        with serving(Host(shift)) as device:
+            want = wave_results(call, tuple(map(device.moved, given)))
+        kernels = " ".join(device.launched)
+        for waves in (
+            Waves(shift, sms=4, check=True, order="random", seed=shift),
+            Waves(shift, kilobytes=80 if "Columns" in kernels else 12, order="descending"),
+        ):
+            with serving(waves):
+                got = wave_results(call, tuple(map(waves.moved, given)))
+            assert any(map(is_wave, waves.launched))
+            for g, w in zip(got, want, strict=True):
+                assert g.tobytes() == w.tobytes()
+
+
+@pytest.mark.parametrize("call", IN_WAVES[:2] + IN_WAVES[-3:-1], ids=repr)
+def test_a_wave_in_place(call: Call) -> None:
+    given = inputs(call, "float32")[:3]
+    with serving(Waves(check=True)) as device:
+        x, gamma, beta = map(device.moved, given)
+        y = call.norm(x, gamma, beta, **call.options)
+        call.norm(x, gamma, beta, out=x, **call.options)
+    assert x.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize(("call", "dtype"), NOT_IN_WAVES, ids=str)
+def test_what_no_wave_takes(call: Call, dtype: str) -> None:
+    with serving(Unrun(limits=Waves().limits)) as device, np.errstate(all="ignore"):
+        results(call, *map(device.moved, inputs(call, dtype)))
+    assert not any(map(is_wave, device.launched))
+
+
+def test_renorm_and_no_wave() -> None:
+    """Whose r and d all blocks would read where one of them writes."""
+    x = np.zeros((32, 64, 56, 56), "float32")
+    running = {"running_mean": np.zeros(64), "running_std": np.ones(64)}
+    with serving(Unrun(limits=H200._replace(waves=True))) as device:
+        nk.batch_renorm(x, **running)
+    assert len(device.launched) == 3
+
+
+def test_waves_are_off_unless_asked_for() -> None:
+    axes = Call(nk.batch_norm, (256, 64, 56, 56)).norm.declare(np.empty((256, 64, 56, 56), "f2"))
+    key = axes.plan.layout.axes, "float16", None, None, True, 1e-5, True, True
+    assert len(planner.forward(*key, H200).launches) == 3
+    (launch,) = planner.forward(*key, H200._replace(waves=True)).launches
+    assert launch.cooperative
+    assert launch.grid[0] <= H200.sms
+    backward = *key[:2], None, "float16", True, True, False
+    assert len(planner.gradients(*backward, H200).launches) == 4
+    assert len(planner.gradients(*backward, H200._replace(waves=True)).launches) == 2
 
 
 BATCHES = [
@@ -496,6 +602,10 @@ def reached() -> set[str]:
     for call in CALLS:
         device = Unrun()
         operations(call, Cuda(device), device.moved)
+        launched += device.launched
+    for call, dtype, shift in product(IN_WAVES, ["float32", "bfloat16", "float16"], [0, 1]):
+        with serving(Unrun(shift, Waves().limits)) as device:
+            results(call, *map(device.moved, run_inputs(call, dtype, shift)))
         launched += device.launched
     with serving(Unrun()) as device, np.errstate(all="ignore"):
         steps(SHAPES[0], device.moved)

@@ -43,6 +43,18 @@ def test_the_bits_of_numpy_arrays(call: Call, dtype: str, machine: "Machine") ->
         assert machine.host_view(g).tobytes() == w.tobytes()
 
 
+def test_a_wave_on_cupy() -> None:
+    call = Call(nk.batch_norm, (1500, 64))
+    given, waves = inputs(call, "float32"), test_cuda_backend.Waves()
+    with serving(waves):
+        want = results(call, *map(waves.moved, given))
+    with cupy_on_host(limits=waves.limits, resident=16) as machine:
+        got = results(call, *map(machine.array, given))
+        assert any(test_cuda_backend.is_wave(kernel) for _, kernel in machine.launched)
+        for g, w in zip(got, want, strict=True):
+            assert machine.host_view(g).tobytes() == w.tobytes()
+
+
 STATISTICS = {
     nk.batch_norm: "running_var",
     nk.instance_norm: "running_var",

@@ -120,6 +120,10 @@ class HostDevice:
         _fresh.add(a.ctypes.data)
         return a
 
+    def zeros(self, shape: int | Sequence[int], dtype: DTypeLike) -> np.ndarray:
+        """What a memset makes."""
+        return self.array(np.zeros(shape, dtype))
+
     def array(self, a: Any, offset: int = 0) -> np.ndarray:
         """A copy with the same order of axes in memory, `offset` elements past alignment."""
         a = np.asarray(a)
@@ -144,7 +148,8 @@ class HostDevice:
         def start(arrays: tuple[Any, ...]) -> None:
             block, args = (launch.threads, 1, 1), (*arrays, launch.values)
             name, grid, shared = launch.kernel, launch.grid, launch.shared
-            self.launch(Launch(planner.source(), name, grid, block, shared, False, args))
+            together = launch.cooperative
+            self.launch(Launch(planner.source(), name, grid, block, shared, together, args))
 
         return start
 

@@ -91,7 +91,8 @@ class Cuda(Backend):
         if update is not None:
             running, of = (update.mean, update.spread), _of(update)
         aligned = self._aligned(x, y, gamma, beta)
-        key = axes, _name(x.dtype), _dtype(gamma), _dtype(beta), aligned, eps, center, keep, of
+        params, limits = (_dtype(gamma), _dtype(beta)), self.device.limits
+        key = axes, _name(x.dtype), *params, aligned, eps, center, keep, limits, of
         stats = self._run(planner.forward, key, x, y, gamma, beta, *running)
         return Table(stats[0]) if stats else None
 
@@ -118,8 +119,8 @@ class Cuda(Backend):
         wanted = None
         if affine:
             wanted = _name(affine[0]) if affine[0] == affine[1] else ARITHMETIC[dtype]
-        aligned, sms = self._aligned(x, dy, dx, gamma), self.device.limits.sms
-        key = axes, dtype, _dtype(gamma), wanted, aligned, center, frozen, sms
+        aligned, limits = self._aligned(x, dy, dx, gamma), self.device.limits
+        key = axes, dtype, _dtype(gamma), wanted, aligned, center, frozen, limits
         sums = self._run(planner.gradients, key, x, dy, dx, gamma, self._values(stats))
         return (sums[0], sums[1]) if sums else None
 
@@ -185,7 +186,8 @@ class Cuda(Backend):
             program = planner.affine(axes.params, *affine, ARITHMETIC[dtype])
         elif operation == "forward":
             of = None if running is None else _of(running)
-            program = planner.forward(axes, dtype, *affine, aligned, eps, center, keep, of)
+            limits = self.device.limits
+            program = planner.forward(axes, dtype, *affine, aligned, eps, center, keep, limits, of)
         else:
             assert running is not None
             count, of = running.mean.size, _of(running)
@@ -222,18 +224,22 @@ class Cuda(Backend):
 
     def _bind(self, device: int, plan: Plan, key: tuple[Any, ...]) -> Run:
         """A program as a function of its arrays, for the current device."""
-        program, empty, null = plan(*key), self.device.empty, self.device.null
+        program, null = plan(*key), self.device.null
         names = [*program.given, *program.new, None]
         launches = [
             (self.device.bind(launch), itemgetter(*map(names.index, launch.arrays)))
             for launch in program.launches
         ]
         casts = [(names.index(name), dtype) for name, dtype in program.casts.items()]
-        made, given = tuple(program.new.values()), len(program.given)
+        made = [
+            (self.device.zeros if name in program.zeros else self.device.empty, *of)
+            for name, of in program.new.items()
+        ]
+        given = len(program.given)
         results = slice(given, given + program.results)
 
         def run(arrays: tuple[Array | None, ...]) -> tuple[Array, ...]:
-            every = (*arrays, *[empty(shape, dtype) for shape, dtype in made], null)
+            every = (*arrays, *[new(shape, dtype) for new, shape, dtype in made], null)
             if casts:
                 every = _cast(every, casts)
             for launch, pick in launches:

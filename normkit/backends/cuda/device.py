@@ -31,7 +31,9 @@ def _value(a: Any) -> Any:
 
 @cache
 def _limits(device: int) -> Limits:
-    return Limits(sms=cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+    has = cupy.cuda.Device(device).attributes
+    shared = has["MaxSharedMemoryPerMultiprocessor"]
+    return Limits(has["MultiProcessorCount"], shared, os.environ.get("NORMKIT_CUDA_WAVES") == "1")
 
 
 class CuPyDevice:
@@ -39,6 +41,7 @@ class CuPyDevice:
 
     null = _value(np.zeros(1, np.uint64))
     empty = cupy.ndarray  # what cupy.empty calls
+    zeros = staticmethod(cupy.zeros)
     current = staticmethod(_current)
 
     def __init__(self) -> None:
@@ -62,9 +65,10 @@ class CuPyDevice:
         run = function(launch.kernel, launch.shared, _current())
         grid, block, shared = launch.grid, (launch.threads, 1, 1), launch.shared
         last = (_value(launch.values),)
+        options = {"enable_cooperative_groups": True} if launch.cooperative else {}
 
         def start(arrays: tuple[Any, ...]) -> None:
-            run(grid, block, arrays + last, shared)
+            run(grid, block, arrays + last, shared, **options)
 
         return start
 

@@ -7,8 +7,9 @@ sample has the same bits whatever else is in the batch.
 Two walks cover all axes. `Rows`: long runs (r1), a team of threads for each group, from four lanes
 of a warp to a block. `Columns`: short runs, the threads of a block side by side over a tile of
 columns, down its rows. A tile that fits one block is read once, and one kernel does all; a larger
-one is split in parts, whose sums a second kernel merges before a third applies them. A third walk,
-`Runs`, serves the gradient of group norm: the sums of channels are weighted to those of groups.
+one is split in parts, whose sums a second kernel merges before a third applies them, or (`wave`)
+in one launch whose blocks meet. A third walk, `Runs`, serves the gradient of group norm: the sums
+of channels are weighted to those of groups.
 
 What comes out is a `Program`, pure data: the arrays to make and the kernels to launch, in order.
 """
@@ -31,6 +32,7 @@ from normkit.axes import Axes
 REDUCE, APPLY = 1, 2  #: halves of a kernel
 BOTH = REDUCE | APPLY  #: data are kept on chip between them
 CROSS, PARAMS = 4, 8  #: of backward: see kernels/backward.cuh
+WAVE = 16  #: of kernels that do both for a tile of several parts: see kernels/wave.cuh
 FIXED, ALONG, EACH, ANY = range(4)  #: how the parameters lie along a walk
 ONE_BLOCK = 64 << 10  #: bytes of a tile that one block takes alone
 PART = 64 << 10  #: bytes of a part of a larger one
@@ -45,6 +47,8 @@ CTYPE = {"float16": "nk::half", "bfloat16": "nk::bfloat", "float32": "float", "f
 ARITHMETIC = dict.fromkeys(("float16", "bfloat16", "float32"), "float32") | {"float64": "float64"}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 THREADS = {8: 128, 4: 256, 2: 256, 1: 256}  #: of a block of Columns, by the values of a vector
+WAVE_THREADS = 256  #: that a multiprocessor surely holds, whatever registers a kernel takes
+WAVE_RESERVED = 4 << 10  #: bytes of shared memory of one that are not for its data
 RESIDENT = 512  #: threads that a multiprocessor surely holds of kernels that keep parameters' sums
 
 # What kernels take by value and what they write, as in kernels/*.cuh.
@@ -59,24 +63,23 @@ PAIRS = {dtype: _struct(a=dtype, b=dtype) for dtype in ("float32", "float64")}
 PAIR = PAIRS["float64"]
 GEOMETRY = _struct(
     **dict.fromkeys(("k0", "r0", "k1", "r1", "params", "span"), "i8"),
-    **dict.fromkeys(("parts", "per", "slots", "lanes", "columns", "merge"), "u4"),
+    **dict.fromkeys(("parts", "per", "slots", "staged", "lanes", "columns", "merge"), "u4"),
 )
 UPDATE = _struct(
     mean_kind="i4", spread_kind="i4", **dict.fromkeys(("factor", "momentum"), "f8"),
     **dict.fromkeys(("r_min", "r_max", "d_max"), "f8"),
 )  # fmt: skip
-FORWARD = _struct(geometry=GEOMETRY, groups="i8", eps="f8", least="f8", center="i4", update=UPDATE)
+FORWARD = _struct(
+    geometry=GEOMETRY, groups="i8", blocks="i8", eps="f8", least="f8", center="i4", update=UPDATE
+)
 FINISH_MOMENTS = _struct(geometry=GEOMETRY, groups="i8", eps="f8", center="i4", update=UPDATE)
+CELLS = _struct(groups="i8", params="i8", within="i8", members="f8", parts="u4", of_group="u4")
 BACKWARD = _struct(
     geometry=GEOMETRY,
-    **dict.fromkeys(("groups", "outer", "inner", "count", "blocks"), "i8"),
-    members="f8",
-    cells_of_group="u4",
+    cells=CELLS,
+    **dict.fromkeys(("outer", "inner", "count", "blocks"), "i8"),
     center="i4",
     frozen="i4",
-)
-FINISH_GRADIENTS = _struct(
-    groups="i8", params="i8", within="i8", members="f8", parts="u4", group_cells="u4"
 )
 FOLD = _struct(rows="i8", params="i8", within="i8")
 CHANNELS = _struct(count="i8", eps="f8", update=UPDATE, gamma_kind="i4", beta_kind="i4", kind="i4")
@@ -115,7 +118,7 @@ NO_UPDATE = 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0
 def source() -> str:
     """The kernels' source, one string: the header files in the order that they need."""
     folder = files(__package__) / "kernels"
-    names = "common", "walk", "forward", "backward", "channels"
+    names = "common", "walk", "wave", "forward", "backward", "channels"
     return "".join((folder / f"{name}.cuh").read_text() for name in names)
 
 
@@ -130,6 +133,11 @@ class Launch:
     arrays: tuple[str | None, ...]  #: of the program, by name; None is a null pointer
     values: np.void  #: the struct that comes last
 
+    @property
+    def cooperative(self) -> bool:
+        """Whether blocks wait for each other, so that all must be on the device at a time."""
+        return "arrivals" in self.arrays
+
 
 @dataclass(frozen=True)
 class Program:
@@ -140,13 +148,15 @@ class Program:
     results: int  #: how many of the new arrays, the first, are what is wanted
     launches: tuple[Launch, ...]
     casts: dict[str, str]  #: given arrays that kernels want in another dtype
+    zeros: frozenset[str] = frozenset({"arrivals"})  #: new arrays that are to begin as zeros
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the plan takes from a device: how many rows of parameters' sums there are."""
+class Limits(NamedTuple):
+    """What the plan takes from a device. No statistics depend on it."""
 
-    sms: int
+    sms: int  #: multiprocessors
+    shared: int = 0  #: bytes of shared memory that one has
+    waves: bool = False  #: whether to plan any `wave`: unproven until they are measured
 
 
 class Device(Protocol):
@@ -158,6 +168,7 @@ class Device(Protocol):
     def limits(self) -> Limits: ...
     def bind(self, launch: Launch) -> Callable[[tuple[Any, ...]], None]: ...  # ready for arrays
     def empty(self, shape: Any, dtype: Any) -> Any: ...
+    def zeros(self, shape: Any, dtype: Any) -> Any: ...
     def address(self, array: Any) -> int: ...
     def current(self) -> int: ...  # number of the device that all of these concern
     def elsewhere(self, array: Any) -> AbstractContextManager[Any] | None: ...  # as in Backend
@@ -175,6 +186,7 @@ class Geometry(NamedTuple):
     parts: int
     per: int
     slots: int
+    staged: int
     lanes: int
     columns: int
     merge: int
@@ -207,6 +219,11 @@ class Tile:
         """Bytes of a table of `entry` bytes for every column of every row of threads."""
         g = self.geometry
         return self.threads // g.lanes * g.columns * entry if self.walk == "Columns" else 0
+
+    @property
+    def staged_bytes(self) -> int:
+        """Of shared memory for the vectors of one array."""
+        return self.geometry.staged * self.threads * 16
 
     @property
     def halves(self) -> bool:
@@ -291,7 +308,7 @@ def tile(axes: Axes, itemsize: int, aligned: bool, part: int = PART, affine: boo
         lanes = min(512, max(64, _up(_up(per, 4), 32) * 32)) if wide else min(32, _power(per))
         threads, limit = (lanes, 512) if wide else (128, 128)
         slots, teams = _up(per, lanes), threads // lanes
-    geometry = Geometry(*axes, _up(work, per), per, slots, lanes, columns, merge)
+    geometry = Geometry(*axes, _up(work, per), per, slots, 0, lanes, columns, merge)
     aligned = n == 1 or (aligned and (short or axes.r1 % n == 0))
     walk = "Columns" if short else "Rows"
     return Tile(walk, n, wide, threads, limit, units, teams, geometry, aligned, mode)
@@ -355,6 +372,25 @@ def with_params(t: Tile) -> Tile | None:
     return replace(t, teams=threads // lanes, geometry=geometry)
 
 
+def wave(t: Tile, kernel: str, dtype: str, limits: Limits) -> tuple[Tile, int] | None:
+    """The tile `t` of several parts, for one launch whose blocks meet, and the blocks of its grid.
+
+    Not in float64, whose groups may have to be read once more when blocks write already.
+    """
+    together = max(1, WAVE_THREADS // t.threads)  # blocks of a multiprocessor
+    resident = together * limits.sms
+    if not (limits.waves and 1 < t.parts <= min(MANY, resident)) or t.n == 1 or dtype == "float64":
+        return None
+    arrays, entry = (1, MOMENTS) if kernel == "forward" else (2, PAIR)
+    room = limits.shared // together - WAVE_RESERVED - t.shared(entry.itemsize)
+    if room < 0:
+        return None
+    kept = _keep(kernel, BOTH | WAVE, t)
+    staged = min(max(0, t.geometry.slots - kept), room // (t.threads * 16 * arrays))
+    blocks = min(t.units * t.parts, resident // t.parts * t.parts)
+    return replace(t, geometry=t.geometry._replace(staged=staged)), blocks
+
+
 # Programs
 
 
@@ -391,6 +427,10 @@ class _Writer:
         wanted = dtype if set(found.values()) == {dtype} and halves else ARITHMETIC[dtype]
         self.casts = {name: wanted for name, of in found.items() if of != wanted}
         return wanted
+
+    def exchange(self, name: str, count: int, of: Any, t: Tile) -> tuple[str, str]:
+        """Where the blocks of a wave leave what they have for each other, and where they meet."""
+        return self.make(name, t.parts * count, of), self.make("arrivals", t.units, "uint32")
 
     def program(self, results: int = 0) -> Program:
         return Program(self.given, self.new, results, tuple(self.launches), self.casts)
@@ -441,21 +481,27 @@ def forward(
     eps: float,
     center: bool,
     keep: bool,
+    limits: Limits,
     update: Update | None = None,
 ) -> Program:
     """x, y, gamma, beta, mean, spread -> stats; one launch, if a block can have all of a group"""
     w = _Writer("x", "y", "gamma", "beta", "mean", "spread")
     t = tile(axes, ITEMSIZE[dtype], aligned, PART, bool(gamma or beta))
-    if t.parts > 1:
+    renorm = update is not None and update.renorm
+    # no wave for r and d, which all blocks would take from what one of them changes
+    found = None if renorm else wave(t, "forward", dtype, limits)
+    if t.parts > 1 and found is None:
         _moments(w, axes, dtype, bare(t), eps, center, update)
         _normalize(w, axes, dtype, gamma, beta, aligned, "stats", update)
         return w.program(results=1)
     # where threads read what others wrote
-    needed = keep or t.walk == "Columns" or (update is not None and update.renorm)
+    needed = keep or renorm or (t.walk == "Columns" and not found)
     stats = _stats(w, axes, update) if needed else None
     param = w.parameters(t, dtype, gamma=gamma, beta=beta)
-    arrays = "x", "y", gamma and "gamma", beta and "beta", stats, None
-    _forward(w, t, BOTH, axes, dtype, param, arrays, eps, center, update)
+    stage, (t, blocks) = (BOTH | WAVE, found) if found else (BOTH, (t, t.grid[0]))
+    partials, arrivals = w.exchange("partials", axes.groups, MOMENTS, t) if found else (None, None)
+    arrays = "x", "y", gamma and "gamma", beta and "beta", stats, partials, arrivals
+    _forward(w, t, stage, axes, dtype, param, arrays, eps, center, update, blocks)
     return w.program(results=bool(stats))
 
 
@@ -479,7 +525,7 @@ def _moments(
     """The statistics, by a kernel that does nothing else, and another for several parts."""
     stats, split = _stats(w, axes, update), t.parts > 1
     partials = w.make("partials", axes.groups * t.parts, MOMENTS) if split else None
-    arrays = "x", None, None, None, stats, partials
+    arrays = "x", None, None, None, stats, partials, None
     at_once = None if split else update
     _forward(w, t, REDUCE, axes, dtype, ARITHMETIC[dtype], arrays, eps, center, at_once)
     if split:
@@ -506,7 +552,7 @@ def _normalize(
     """y from a table of statistics, or without one from given ones."""
     t = tile(axes, ITEMSIZE[dtype], aligned, APPLY_PART, bool(gamma or beta))
     param = w.parameters(t, dtype, gamma=gamma, beta=beta)
-    arrays = "x", "y", gamma and "gamma", beta and "beta", stats, None
+    arrays = "x", "y", gamma and "gamma", beta and "beta", stats, None, None
     _forward(w, t, APPLY, axes, dtype, param, arrays, _spread(eps), True, update)
 
 
@@ -526,14 +572,15 @@ def _forward(
     eps: float,
     center: bool,
     update: Update | None = None,
+    blocks: int | None = None,
 ) -> None:
     """Statistics, or y, or both: kernels/forward.cuh."""
-    shared = t.shared(MOMENTS.itemsize) if stage & REDUCE else 0
+    shared = t.shared(MOMENTS.itemsize) + t.staged_bytes if stage & REDUCE else 0
     # float squares below this may have lost digits that eps does not hide
     least = 0.0 if eps > 1e-15 else 1e-25
-    values = tuple(t.geometry), axes.groups, eps, least, center, _values(update)
+    values = tuple(t.geometry), axes.groups, t.grid[0], eps, least, center, _values(update)
     name, arrays = _name("forward", dtype, param, t, stage), (*arrays, *_running(update))
-    w.launch(name, t.grid[0], t.threads, shared, arrays, FORWARD, *values)
+    w.launch(name, blocks or t.grid[0], t.threads, shared, arrays, FORWARD, *values)
 
 
 def gradients(*key: Any) -> Program:
@@ -552,7 +599,7 @@ class _Gradients:
     aligned: bool
     center: bool
     frozen: bool
-    sms: int
+    limits: Limits
 
     def __post_init__(self) -> None:
         self.w = _Writer("x", "dy", "dx", "gamma", "stats")
@@ -590,7 +637,7 @@ class _Gradients:
             return
         rows = with_params(self.tile) if self.wanted and not self.frozen else None
         if rows is not None:
-            blocks = min(rows.grid[0], self.sms * (RESIDENT // rows.threads))
+            blocks = min(rows.grid[0], self.limits.sms * (RESIDENT // rows.threads))
             wide = ARITHMETIC[self.dtype]
             table = self.w.make("rows", blocks * self.axes.params, PAIRS[wide])
             self.launch(rows, BOTH | PARAMS, rows=table, blocks=blocks)
@@ -608,15 +655,20 @@ class _Gradients:
 
     def by_cells(self, t: Tile, sums: bool) -> None:
         """dx by way of the sums of cells, and if `sums` the parameters' gradients."""
-        axes, w, whole = self.axes, self.w, t.parts == 1 and t.geometry[:4] == self.axes[:4]
-        group_cells = t.cells // axes.groups
+        axes, w, same = self.axes, self.w, t.geometry[:4] == self.axes[:4]
+        group_cells, whole = t.cells // axes.groups, t.parts == 1 and same
         # a group, or in one block a cell, is all that a parameter has
         alone = axes.params == t.cells and group_cells == t.within == 1
+        in_wave = same and not self.frozen and wave(t, "backward", self.dtype, self.limits)
         own = sums and alone and self.wanted == self.param
         table = (
             w.make("cells", t.parts * t.cells, PAIR) if (sums and not own) or not whole else None
         )
-        if whole:
+        if in_wave:
+            t, blocks = in_wave
+            arrivals = w.make("arrivals", t.units, "uint32")
+            self.launch(t, BOTH | WAVE, cells=table, own=own, blocks=blocks, arrivals=arrivals)
+        elif whole:
             self.launch(t, BOTH, cells=table, own=own)
         else:
             self.launch(t, REDUCE, cells=table)
@@ -633,9 +685,8 @@ class _Gradients:
                     256,
                     0,
                     (table, means, gamma, *(("dgamma", "dbeta") if own else (None, None))),
-                    FINISH_GRADIENTS,
-                    *(axes.groups, axes.params, max(1, t.within), axes.group_size),
-                    *(t.parts, group_cells),
+                    CELLS,
+                    *self.cells(t),
                 )
             self.launch(self.split, APPLY, means=means)
             own = own and not self.frozen
@@ -652,10 +703,11 @@ class _Gradients:
         rows: str | None = None,
         own: bool = False,
         blocks: int = 0,
+        arrivals: str | None = None,
     ) -> None:
         """Sums, or dx, or both: kernels/backward.cuh."""
         axes, g = self.axes, t.geometry
-        shared = t.shared(PAIR.itemsize) if stage & REDUCE else 0
+        shared = t.shared(PAIR.itemsize) + 2 * t.staged_bytes if stage & REDUCE else 0
         if stage & PARAMS:
             shared = axes.params * PAIR.itemsize
         fixed = t.mode == FIXED and stage & BOTH == REDUCE  # gamma comes in with `finish`
@@ -667,12 +719,17 @@ class _Gradients:
             blocks or t.grid[0],
             t.threads,
             shared,
-            ("x", "dy", "dx", gamma, "stats", cells, means, rows, *grads),
+            ("x", "dy", "dx", gamma, "stats", cells, means, rows, *grads, arrivals),
             BACKWARD,
-            *(tuple(g), axes.groups),
-            *(axes.group_size * axes.k1, axes.r1, axes.k1, t.grid[0], axes.group_size),
-            *(max(1, t.cells // axes.groups), self.center, self.frozen),
+            *(tuple(g), self.cells(t)),
+            *(axes.group_size * axes.k1, axes.r1, axes.k1, t.grid[0]),
+            *(self.center, self.frozen),
         )
+
+    def cells(self, t: Tile) -> tuple[int, ...]:
+        """The values of CELLS."""
+        axes, of_group = self.axes, max(1, t.cells // self.axes.groups)
+        return axes.groups, axes.params, max(1, t.within), axes.group_size, t.parts, of_group
 
     def fold_cells(self, table: str | None, t: Tile) -> None:
         rows = t.parts * t.cells // (self.axes.params * t.within)
@@ -738,6 +795,8 @@ def _keep(kernel: str, stage: int, t: Tile | Shape) -> int:
         return KEEP_PARAMS[t.n]
     if stage & BOTH != BOTH:
         return 0
+    if stage & WAVE:  # the others wait in shared memory
+        return 6 if kernel == "forward" else 2
     if kernel == "forward":
         return 8 if t.wide else 4
     easy = t.mode == FIXED or t.walk == "Runs" or (t.mode == ALONG and t.aligned)
@@ -781,6 +840,8 @@ def specialisations() -> Iterator[tuple[str, str]]:
             halves = {dtype} if rows or (shape.n > 1 and mode == FIXED) else set()
             stages = [(kernel, s) for kernel in ("forward", "backward") for s in (APPLY, BOTH)]
             stages += [("backward", BOTH | PARAMS)] * (mode == ALONG)
+            waves = shape.wide and shape.n > 1 and dtype != "float64"
+            stages += [(kernel, BOTH | WAVE) for kernel in ("forward", "backward") if waves]
             stages += [("backward", REDUCE)] * (mode != FIXED and shape.wide)  # of several parts
             plain = [("forward", REDUCE), ("backward", REDUCE), ("backward", REDUCE | CROSS)]
             if shape.walk == "Rows" and shape.wide and mode == EACH:  # a group norm's gradient

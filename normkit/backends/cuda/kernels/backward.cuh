@@ -21,35 +21,60 @@ template <class P> struct Gradients {
   }
 };
 
+// The cells of groups and parts, as they are merged.
+struct Cells {
+  i64 groups, params, within;
+  double members;  // of a group
+  u32 parts, of_group;
+};
+
+// The sums of a group's cells of all parts, weighted by gamma and not, by a team.
+template <bool WIDE, class P>
+__device__ __forceinline__ void merge_cells(double (&sums)[4], const Cells& task, const Pair* cells, const P* gamma,
+                                            i64 group, u32 lanes, u32 lane) {
+  sums[0] = sums[1] = sums[2] = sums[3] = 0.0;
+  if (group < task.groups)
+    for (u32 i = lane; i < task.parts * task.of_group; i += lanes) {
+      const i64 cell = group * task.of_group + i % task.of_group;
+      const Pair p = cells[i / task.of_group * (task.groups * task.of_group) + cell];
+      const double w = gamma ? (double)widen(gamma[cell / task.within % task.params]) : 1.0;
+      sums[0] += w * p.a;
+      sums[1] += w * p.b;
+      sums[2] += p.a;
+      sums[3] += p.b;
+    }
+  team_sum<WIDE>(sums, lanes);
+}
+
 struct Backward {
   Geometry geometry;
-  i64 groups;
+  Cells cells;
   i64 outer, inner, count;  // which group a value is of
   i64 blocks;               // in a grid that gives each team one unit of work
-  double members;           // of a group
-  u32 cells_of_group;
   int center, frozen;
 };
 
 // STAGE: REDUCE writes the sums of cells, part by part, to `cells` or, where each is all that a
 // parameter has, to dgamma and dbeta. APPLY writes dx from the means of groups. Both: either, with the
-// data kept on chip. REDUCE | CROSS: cells are parameters, whose values have statistics of many groups.
-// A walk over Runs has cells of a run each. REDUCE | APPLY | PARAMS: rows with parameters ALONG; a team keeps the sums of its rows' parameters,
-// and `rows` gets a row of them from every block.
+// data kept on chip; with WAVE, over the blocks of a tile. REDUCE | CROSS: cells are parameters, whose
+// values have statistics of many groups. A walk over Runs has cells of a run each. REDUCE | APPLY |
+// PARAMS: rows with parameters ALONG; a team keeps the sums of its rows' parameters, and `rows` gets a
+// row of them from every block.
 template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool WIDE, int THREADS, int STAGE>
 __global__ void __launch_bounds__(THREADS, 1)
 backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* cells, const Pair* means,
-         PairOf<typename Arithmetic<T>::type>* rows, P* dgamma, P* dbeta, const Backward task) {
+         PairOf<typename Arithmetic<T>::type>* rows, P* dgamma, P* dbeta, u32* arrivals, const Backward task) {
   typedef typename Arithmetic<T>::type A;
   constexpr int N = Walk::N, C = Walk::SUMS;
-  constexpr bool ROWS = Walk::ROWS, RUNS = Walk::RUNS, OWN = STAGE & PARAMS, SPREAD = STAGE & CROSS;
+  constexpr bool ROWS = Walk::ROWS, RUNS = Walk::RUNS, OWN = STAGE & PARAMS, SPREAD = STAGE & CROSS, WAVES = STAGE & WAVE;
   constexpr bool WEIGHTED = MODE == FIXED || RUNS;  // later: the sums of cells, by gamma
   const Geometry& g = task.geometry;
-  const Statistics st{stats, task.groups, false};
+  const Statistics st{stats, task.cells.groups, false};
   const Gradients<P> grads{dgamma, dbeta};
   const i64 inner = task.inner, count = task.count, blocks = task.blocks;
   const bool center = task.center, frozen = task.frozen;
-  const u32 cells_of_group = task.cells_of_group;
+  const u32 cells_of_group = task.cells.of_group;
+  const double members = task.cells.members;
   const Index index = g.param(), group_at(task.outer, inner, count, g.size());
   A da[OWN ? KEEP : 1][N], db[OWN ? KEEP : 1][N];
 #pragma unroll
@@ -57,9 +82,14 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
 #pragma unroll
     for (int k = 0; k < N; ++k) da[j][k] = db[j][k] = A(0);
 
-  for (i64 block = blockIdx.x; block < blocks; block += gridDim.x) {
+  const i64 step = WAVES ? wave_step(g.parts) : gridDim.x;
+  if (WAVES && blockIdx.x >= step) return;
+  uint4* const stage = reinterpret_cast<uint4*>(nk_shared);
+  const u32 staged = WAVES ? g.staged * blockDim.x : 0;
+  Pair* const table = reinterpret_cast<Pair*>(stage + 2 * staged);
+  for (i64 block = blockIdx.x; block < blocks; block += step) {
     const Walk walk(g, STAGE == APPLY ? blocks - 1 - block : block);
-    Held<T, N, KEEP, ALIGNED, OWN> held_x(x, walk), held_dy(dy, walk);
+    Held<T, N, KEEP, ALIGNED, OWN, WAVES> held_x(x, walk, stage, g.staged), held_dy(dy, walk, stage + staged, g.staged);
     auto group = [&](int k) { return ROWS && cells_of_group > 1 ? walk.group_of(k) / cells_of_group : walk.group_of(k); };
     Stat<A> stat[C];
 #pragma unroll
@@ -110,23 +140,22 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
       }, held_x, held_dy);
       if constexpr (RUNS) {
         team_sum<true>(sums, blockDim.x);
-        mean_a[0] = center && !frozen ? (A)(sums[0] / task.members) : A(0);
-        mean_b[0] = frozen ? A(0) : (A)(sums[1] / task.members);
+        mean_a[0] = center && !frozen ? (A)(sums[0] / members) : A(0);
+        mean_b[0] = frozen ? A(0) : (A)(sums[1] / members);
       } else if constexpr (ROWS) {
         sums[0] = (double)a[0], sums[1] = (double)b[0];
         team_sum<WIDE>(sums, g.lanes);
         if (!OWN && walk.leads()) {
           const Pair sum{sums[0], sums[1]};
           if (cells) cells[walk.part * g.k0 * g.k1 + walk.group] = sum;
-          if (dgamma) grads.write(walk.group, sum);
+          if (dgamma && !WAVES) grads.write(walk.group, sum);
         }
-        if (STAGE & APPLY && !frozen) {
+        if (STAGE & APPLY && !frozen && !WAVES) {
           const double w = MODE == FIXED ? (double)scale.fixed[0] : 1.0;
-          mean_a[0] = center ? (A)(w * sums[0] / task.members) : A(0);
-          mean_b[0] = (A)(w * sums[1] / task.members);
+          mean_a[0] = center ? (A)(w * sums[0] / members) : A(0);
+          mean_b[0] = (A)(w * sums[1] / members);
         }
       } else {
-        Pair* const table = reinterpret_cast<Pair*>(nk_shared);
         const u32 mine = threadIdx.x / g.lanes;
         const i64 columns = g.row(), first = walk.base - walk.column0;  // flat place of the tile's first column
         const i64 cell = first / (g.r0 * columns) * columns + first % columns;
@@ -141,12 +170,12 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
             sum.b += table[r * walk.width + c].b;
           }
           if (cells) cells[walk.part * g.k0 * columns + cell + c] = sum;
-          if (dgamma) grads.write(cell + c, sum);
+          if (dgamma && !WAVES) grads.write(cell + c, sum);
           const double w = MODE == FIXED && gamma && STAGE & APPLY ? (double)widen(gamma[index(first + c)]) : 1.0;
           table[c] = Pair{w * sum.a, w * sum.b};
         }
         __syncthreads();
-        if (STAGE & APPLY && !frozen) {
+        if (STAGE & APPLY && !frozen && !WAVES) {
 #pragma unroll
           for (int k = 0; k < C; ++k) {  // the columns of a group are few, and in the cache
             double sum_a = 0.0, sum_b = 0.0;
@@ -155,10 +184,38 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
               mean_a[k] = mean_a[k > 0 ? k - 1 : 0], mean_b[k] = mean_b[k > 0 ? k - 1 : 0];
             } else if (walk.valid) {
               for (u32 c = 0; c < (u32)g.r1; ++c) sum_a += table[run + c].a, sum_b += table[run + c].b;
-              mean_a[k] = center ? (A)(sum_a / task.members) : A(0);
-              mean_b[k] = (A)(sum_b / task.members);
+              mean_a[k] = center ? (A)(sum_a / members) : A(0);
+              mean_b[k] = (A)(sum_b / members);
             }
           }
+        }
+      }
+      if constexpr (WAVES) {
+        meet(arrivals + block / g.parts, g.parts);
+        const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        auto merge = [&](i64 group, bool writes) {
+          double all[4];
+          merge_cells<false>(all, task.cells, cells, MODE == FIXED ? gamma : nullptr, group, 32, lane);
+          if (dgamma && writes && walk.part == 0) grads.write(group, Pair{all[2], all[3]});
+          return Pair{center ? all[0] / members : 0.0, all[1] / members};
+        };
+        if constexpr (ROWS) {
+          const Pair m = merge(walk.group, threadIdx.x == 0);
+          mean_a[0] = (A)m.a, mean_b[0] = (A)m.b;
+        } else {
+          const i64 group0 = walk.group0;
+          for (u32 i = warp; i < walk.width / (u32)g.r1; i += blockDim.x / 32) {
+            const Pair m = merge(group0 + i, lane == 0);
+            if (lane == 0) table[i] = m;
+          }
+          __syncthreads();
+#pragma unroll
+          for (int k = 0; k < C; ++k)
+            if (walk.valid) {
+              const Pair m = table[walk.group_of(k) - group0];
+              mean_a[k] = (A)m.a, mean_b[k] = (A)m.b;
+            }
+          __syncthreads();  // before the next tile's sums take the table
         }
       }
     } else if (means) {
@@ -189,7 +246,6 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
   }
 
   if constexpr (OWN) {  // the teams of a block add their sums one after the other
-    Pair* const table = reinterpret_cast<Pair*>(nk_shared);
     const Walk walk(g, blockIdx.x);
     const u32 team = threadIdx.x / g.lanes, teams = blockDim.x / g.lanes;
     for (u32 t = 0; t < teams; ++t) {
@@ -212,31 +268,15 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
   }
 }
 
-// The means that dx needs, from all parts of a group's cells: a warp a group, or a block. dgamma and dbeta
-// where a group is all that a parameter has.
-struct FinishGradients {
-  i64 groups, params, within;
-  double members;
-  u32 parts, group_cells;
-};
-
+// `merge_cells` as a launch: the means that dx needs, a warp a group, or a block. dgamma and dbeta where a
+// group is all that a parameter has.
 template <class P, bool WIDE>
 __global__ void __launch_bounds__(256)
-finish_gradients(const Pair* cells, Pair* means, const P* gamma, P* dgamma, P* dbeta, const FinishGradients task) {
+finish_gradients(const Pair* cells, Pair* means, const P* gamma, P* dgamma, P* dbeta, const Cells task) {
   const u32 lanes = WIDE ? blockDim.x : 32, lane = threadIdx.x % lanes;
   const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-  double sums[4] = {0.0, 0.0, 0.0, 0.0};
-  if (group < task.groups)
-    for (u32 i = lane; i < task.parts * task.group_cells; i += lanes) {
-      const i64 cell = group * task.group_cells + i % task.group_cells;
-      const Pair p = cells[i / task.group_cells * (task.groups * task.group_cells) + cell];
-      const double w = gamma ? (double)widen(gamma[cell / task.within % task.params]) : 1.0;
-      sums[0] += w * p.a;
-      sums[1] += w * p.b;
-      sums[2] += p.a;
-      sums[3] += p.b;
-    }
-  team_sum<WIDE>(sums, lanes);
+  double sums[4];
+  merge_cells<WIDE>(sums, task, cells, gamma, group, lanes, lane);
   if (group >= task.groups || lane) return;
   means[group] = Pair{sums[0] / task.members, sums[1] / task.members};
   if (dgamma) Gradients<P>{dgamma, dbeta}.write(group, Pair{sums[2], sums[3]});

@@ -221,6 +221,8 @@ struct Index {
   }
 };
 
+extern __shared__ __align__(16) unsigned char nk_shared[];
+
 // --------------------------------------------------------------------------------------- sums
 // A team is `lanes` neighbouring threads: a power of two of a warp's, or (WIDE) whole warps, and then
 // all teams of a block must call. Its threads get the sums, added in an order that depends on `lanes`

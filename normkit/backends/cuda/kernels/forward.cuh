@@ -181,18 +181,16 @@ __device__ __forceinline__ bool thread_moments(const Sums<Walk, A>& s, int k, bo
   m = Moments{n, 0.0, 0.0, square};
   if (s.n == 0) return true;
   const bool finite = isfinite(sum) && isfinite(square);
-  if (center) m.shift = s.shift[k], m.offset = sum / n, m.m2 = finite ? max(square - sum / n * sum, 0.0) : square + 0.0 * sum;
+  if (center) m.shift = s.shift[k], m.offset = sum / n, m.m2 = max(square - sum / n * sum, 0.0);
+  if (center && !finite) m.m2 = square + 0.0 * sum;  // max loses NaN
   return sizeof(A) == 8 || (finite && !(square < least));
 }
 
 // Merge what the threads of a block of Columns have: calls done(group of the tile, moments, unit) in
 // all threads that merged it. The table is (rows of threads, columns).
-extern __shared__ __align__(16) unsigned char nk_shared[];
-
 template <class T, class A, int N, class F>
 __device__ __forceinline__ void merge_columns(const Geometry& g, const Columns<N>& walk, const Sums<Columns<N>, A>& sums,
-                                              const T* x, bool center, double eps, double least, F done) {
-  Moments* const table = reinterpret_cast<Moments*>(nk_shared);
+                                              Moments* table, const T* x, bool center, double eps, double least, F done) {
   const u32 lane = threadIdx.x % g.merge, teams = blockDim.x / g.merge, runs = walk.width / (u32)g.r1;
   const u32 mine = threadIdx.x / g.lanes;
   if (walk.valid) {
@@ -218,9 +216,20 @@ __device__ __forceinline__ void merge_columns(const Geometry& g, const Columns<N
   }
 }
 
+// Statistics from the moments of all parts of a group, by a team, of which one thread `writes`.
+template <bool WIDE, class A, class T>
+__device__ __forceinline__ Stat<A> merge_parts(const Geometry& g, const Moments* partials, const T* x, i64 group,
+                                               u32 lanes, u32 lane, bool center, double eps, bool writes,
+                                               const Statistics& st, const Running& running) {
+  const bool valid = group < st.groups;
+  Moments m = combine<WIDE>(lanes, lane, valid ? g.parts : 0, [&](u32 i) { return partials[group * g.parts + i]; });
+  const double unit = hold<WIDE>(m, g, x, group, lanes, lane, center, eps);
+  return st.finish<A>(group, m, unit, eps, writes && valid, running);
+}
+
 struct Forward {
   Geometry geometry;
-  i64 groups;
+  i64 groups, blocks;  // blocks: in a grid that gives each one part of a tile
   double eps, least;
   int center;
   Update update;
@@ -228,71 +237,101 @@ struct Forward {
 
 template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool WIDE, int THREADS, int STAGE>
 __global__ void __launch_bounds__(THREADS, 1)
-forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments* partials, void* running_mean,
-        void* running_spread, const Forward task) {
+forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments* partials, u32* arrivals,
+        void* running_mean, void* running_spread, const Forward task) {
   typedef typename Arithmetic<T>::type A;
   constexpr int N = Walk::N, C = Walk::SUMS;
-  constexpr bool ROWS = Walk::ROWS;
+  constexpr bool ROWS = Walk::ROWS, WAVES = STAGE & WAVE;
   const Geometry& g = task.geometry;
   const Statistics st{stats, task.groups, task.update.r_max > 0.0};
   const Running running{running_mean, running_spread, task.update};
   const bool center = task.center;
-  // the half that normalises goes backwards: what the other half read last may still be in the cache
-  const Walk walk(g, STAGE == APPLY ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-  Held<T, N, KEEP, ALIGNED> held(x, walk);
-  Stat<A> stat[C];
-  if constexpr (STAGE & REDUCE) {
-    Sums<Walk, A> sums;
-    visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
-      A f[N];
-      v.open(f);
-      sums.add(f, s.n, center);
-    }, held);
-    auto finish = [&](i64 i, const Moments& m, double unit, bool writes) {
-      if (STAGE == REDUCE && g.parts > 1) {
-        if (writes) partials[i * g.parts + walk.part] = m;
+  i64 block = blockIdx.x;
+  const i64 step = WAVES ? wave_step(g.parts) : 0;
+  if (WAVES && block >= step) return;
+  uint4* const stage = reinterpret_cast<uint4*>(nk_shared);
+  void* const table = stage + (WAVES ? g.staged * blockDim.x : 0);
+  do {
+    // the half that normalises goes backwards: what the other half read last may still be in the cache
+    const Walk walk(g, STAGE == APPLY ? gridDim.x - 1 - block : block);
+    Held<T, N, KEEP, ALIGNED, false, WAVES> held(x, walk, stage, g.staged);
+    Stat<A> stat[C];
+    if constexpr (STAGE & REDUCE) {
+      Sums<Walk, A> sums;
+      visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
+        A f[N];
+        v.open(f);
+        sums.add(f, s.n, center);
+      }, held);
+      auto finish = [&](i64 i, const Moments& m, double unit, bool writes) {
+        if ((STAGE == REDUCE || WAVES) && g.parts > 1) {
+          if (writes) partials[i * g.parts + walk.part] = m;
+        } else {
+          const Stat<A> s = st.finish<A>(i, m, unit, task.eps, writes, running);
+          if (ROWS) stat[0] = s;
+        }
+      };
+      if constexpr (ROWS) {
+        Moments own;
+        if (!thread_moments(sums, 0, center, task.least, own)) own = wide_moments(walk, x, 0, center);
+        Moments m = combine<WIDE>(g.lanes, walk.lane, g.lanes, [&](u32) { return own; });
+        const double unit = g.parts > 1 ? 1.0 : hold<WIDE>(m, g, x, walk.group, g.lanes, walk.lane, center, task.eps);
+        finish(walk.group, m, unit, walk.leads());
       } else {
-        const Stat<A> s = st.finish<A>(i, m, unit, task.eps, writes, running);
-        if (ROWS) stat[0] = s;
+        auto done = [&](u32 i, const Moments& m, double unit, bool writes) { finish(walk.group0 + i, m, unit, writes); };
+        merge_columns(g, walk, sums, (Moments*)table, x, center, task.eps, task.least, done);
       }
-    };
-    if constexpr (ROWS) {
-      Moments own;
-      if (!thread_moments(sums, 0, center, task.least, own)) own = wide_moments(walk, x, 0, center);
-      Moments m = combine<WIDE>(g.lanes, walk.lane, g.lanes, [&](u32) { return own; });
-      const double unit = g.parts > 1 ? 1.0 : hold<WIDE>(m, g, x, walk.group, g.lanes, walk.lane, center, task.eps);
-      finish(walk.group, m, unit, walk.leads());
-    } else {
-      merge_columns(g, walk, sums, x, center, task.eps, task.least, [&](u32 i, const Moments& m, double unit, bool writes) {
-        finish(walk.group0 + i, m, unit, writes);
-      });
-    }
-    if (!ROWS || st.renorm) __syncthreads();  // what was written is read again below
-  }
-  if constexpr (STAGE & APPLY) {
+      if constexpr (WAVES) {
+        meet(arrivals + block / g.parts, g.parts);
+        const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        auto merge = [&](i64 group, bool writes) {
+          writes &= walk.part == 0;
+          return merge_parts<false, A>(g, partials, x, group, 32, lane, center, task.eps, writes, st, running);
+        };
+        if constexpr (ROWS) {
+          stat[0] = merge(walk.group, threadIdx.x == 0);
+        } else {
+          Stat<A>* const merged = (Stat<A>*)table;
+          for (u32 i = warp; i < walk.width / (u32)g.r1; i += blockDim.x / 32) {
+            const Stat<A> s = merge(walk.group0 + i, lane == 0);
+            if (lane == 0) merged[i] = s;
+          }
+          __syncthreads();
 #pragma unroll
-    for (int k = 0; k < C; ++k) {
-      const i64 i = walk.group_of(k);
-      if (!walk.valid || (ROWS && STAGE & REDUCE && !st.renorm)) continue;
-      stat[k] = STAGE == APPLY && !stats ? Stat<A>(running.old_mean(i), 0.0, running.rstd(i, task.eps)) : st.read<A>(i);
+          for (int k = 0; k < C; ++k)
+            if (walk.valid) stat[k] = merged[walk.group_of(k) - walk.group0];
+          __syncthreads();  // before the next tile's sums take the table
+        }
+      } else if (!ROWS || st.renorm) {
+        __syncthreads();  // what was written is read again below
+      }
     }
-    const Index index = g.param();
-    const Param<P, Walk, MODE, ALIGNED> scale(gamma, 1.0, walk, index), offset(beta, 0.0, walk, index);
-    visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
-      A f[N], a[N], b[N];
-      v.open(f);
-      scale.read(s, index, a);
-      offset.read(s, index, b);
+    if constexpr (STAGE & APPLY) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) f[k] = fma(stat[k % C].xhat(f[k]), a[k], b[k]);
-      Vec<T, N> out;
-      out.close(f);
-      store<ALIGNED>(y + s.at, out, s.n, s.first, s.last);
-    }, held);
-  }
+      for (int k = 0; k < C; ++k) {
+        const i64 i = walk.group_of(k);
+        if (!walk.valid || WAVES || (ROWS && STAGE & REDUCE && !st.renorm)) continue;
+        const bool given = STAGE == APPLY && !stats;
+        stat[k] = given ? Stat<A>(running.old_mean(i), 0.0, running.rstd(i, task.eps)) : st.read<A>(i);
+      }
+      const Index index = g.param();
+      const Param<P, Walk, MODE, ALIGNED> scale(gamma, 1.0, walk, index), offset(beta, 0.0, walk, index);
+      visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
+        A f[N], a[N], b[N];
+        v.open(f);
+        scale.read(s, index, a);
+        offset.read(s, index, b);
+#pragma unroll
+        for (int k = 0; k < N; ++k) f[k] = fma(stat[k % C].xhat(f[k]), a[k], b[k]);
+        Vec<T, N> out;
+        out.close(f);
+        store<ALIGNED>(y + s.at, out, s.n, s.first, s.last);
+      }, held);
+    }
+  } while (WAVES && (block += step) < task.blocks);
 }
 
-// Statistics from the moments of all parts of a group: a warp a group, or a block.
+// `merge_parts` as a launch: a warp a group, or a block.
 struct FinishMoments {
   Geometry geometry;
   i64 groups;
@@ -305,14 +344,10 @@ template <class T, bool WIDE>
 __global__ void __launch_bounds__(256)
 finish_moments(const T* x, const Moments* partials, double* stats, void* running_mean, void* running_spread,
                const FinishMoments task) {
-  const Geometry& g = task.geometry;
   const u32 lanes = WIDE ? blockDim.x : 32, lane = threadIdx.x % lanes;
   const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-  const bool valid = group < task.groups;
-  Moments m = combine<WIDE>(lanes, lane, valid ? g.parts : 0, [&](u32 i) { return partials[group * g.parts + i]; });
-  const double unit = hold<WIDE>(m, g, x, group, lanes, lane, task.center, task.eps);
-  if (!valid) return;
-  const Statistics st{stats, task.groups, task.update.r_max > 0.0};
-  st.finish<double>(group, m, unit, task.eps, lane == 0, Running{running_mean, running_spread, task.update});
+  merge_parts<WIDE, double>(task.geometry, partials, x, group, lanes, lane, task.center, task.eps, lane == 0,
+                            Statistics{stats, task.groups, task.update.r_max > 0.0},
+                            Running{running_mean, running_spread, task.update});
 }
 }  // namespace nk

@@ -6,6 +6,7 @@ namespace nk {
 struct Geometry {
   i64 k0, r0, k1, r1, params, span;
   u32 parts, per, slots;
+  u32 staged;   // vectors of a thread that wait in shared memory, beside those in registers
   u32 lanes;    // Rows: threads of a team, which has one group; Columns: threads side by side
   u32 columns;  // Columns: of a tile
   u32 merge;    // Columns: threads that merge the sums of one group
@@ -117,18 +118,36 @@ template <int N_> struct Runs {
   __device__ __forceinline__ i64 group_of(int) const { return group; }
 };
 
-// Arrays as a thread sees them: the first KEEP vectors stay in registers, the others are read again.
-// ALL: there are no others.
-template <class T, int N, int KEEP_, bool ALIGNED, bool ALL_ = false> struct Held {
+// Arrays as a thread sees them: the first KEEP vectors stay in registers, the next (STAGED) in places of
+// shared memory that no other thread looks at, the others are read again. ALL: there are no others.
+template <class T, int N, int KEEP_, bool ALIGNED, bool ALL_ = false, bool STAGED_ = false> struct Held {
   static constexpr int KEEP = KEEP_, BATCH = ALL_ ? 0 : 4;
+  static constexpr bool STAGED = STAGED_;
   const T* p;
+  uint4* stage;
+  u32 kept_or_staged;
   Vec<T, N> kept[KEEP ? KEEP : 1], batch[BATCH ? BATCH : 1];
-  template <class Walk> __device__ __forceinline__ Held(const T* p, const Walk& walk) : p(p) {
+  template <class Walk>
+  __device__ __forceinline__ Held(const T* p, const Walk& walk, uint4* stage = nullptr, u32 staged = 0)
+      : p(p), stage(stage + threadIdx.x), kept_or_staged(min(walk.slots, KEEP + staged)) {
 #pragma unroll
     for (int j = 0; j < KEEP; ++j)
       if (j < (int)walk.slots) kept[j] = get(walk.at(j));
+    if constexpr (STAGED) {
+#pragma unroll 4
+      for (u32 j = KEEP; j < kept_or_staged; ++j) {
+        const Vec<T, N> v = get(walk.at(j));
+        this->stage[(j - KEEP) * blockDim.x] = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+      }
+    }
   }
   __device__ __forceinline__ Vec<T, N> get(const Slot& s) const { return load<ALIGNED, N>(p + s.at, s.n); }
+  __device__ __forceinline__ Vec<T, N> staged(u32 j) const {
+    const uint4 a = stage[(j - KEEP) * blockDim.x];
+    Vec<T, N> v;
+    v.w[0] = a.x, v.w[1] = a.y, v.w[2] = a.z, v.w[3] = a.w;
+    return v;
+  }
 };
 
 // Calls f(j, slot, vectors ...) for all slots of a thread, in their order.
@@ -137,8 +156,10 @@ __device__ __forceinline__ void visit(const Walk& walk, F f, H& held, Hs&... oth
 #pragma unroll
   for (int j = 0; j < H::KEEP; ++j)
     if (j < (int)walk.slots) f(j, walk.at(j), held.kept[j], others.kept[j]...);
+  if constexpr (H::STAGED)
+    for (u32 j = H::KEEP; j < held.kept_or_staged; ++j) f(j, walk.at(j), held.staged(j), others.staged(j)...);
   if constexpr (H::BATCH > 0) {
-    for (u32 j = H::KEEP; j < walk.slots; j += H::BATCH) {
+    for (u32 j = H::STAGED ? held.kept_or_staged : H::KEEP; j < walk.slots; j += H::BATCH) {
       Slot s[H::BATCH];
 #pragma unroll
       for (int b = 0; b < H::BATCH; ++b) {
