@@ -152,7 +152,7 @@ class Numba(Backend):
         if work.scarce(threads):
             self._by_parts(work, x, stats, _NO_UPDATE, eps, center, threads)
         else:
-            call = (x, None, None, None, *stats, None, *_NO_UPDATE)
+            call = (x, None, None, None, *stats[:4], None, *_NO_UPDATE)
             numbers = (work.axes, eps, center, k.MOMENTS, 0, work.parts)
             self._pool.run(work.forward, call + numbers, work.units, threads)
         return stats
@@ -185,7 +185,7 @@ class Numba(Backend):
             return stats
         stats = self._stats(work) if keep else _NONE
         call = (
-            x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats, None, *running,
+            x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats[:4], None, *running,
             work.axes, eps, center, k.ALL, 0, work.parts,
         )  # fmt: skip
         self._pool.run(work.forward, call, work.units, threads)
@@ -240,7 +240,7 @@ class Numba(Backend):
             if beta is None or not as_given:
                 beta = _param(beta, 0.0, work)
             stats = self._stats(work) if keep and not frozen else _NONE
-            call = (x, y, gamma, beta, *stats, None, mean, spread, *numbers)
+            call = (x, y, gamma, beta, *stats[:4], None, mean, spread, *numbers)
             run(kernel, call, tasks, threads(elements))
             return self.given(mean, spread, eps) if keep and frozen else stats
 
@@ -265,7 +265,7 @@ class Numba(Backend):
     ) -> None:
         """y from given statistics: those of the groups, or running ones."""
         call = (
-            x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats, None, *running,
+            x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats[:4], None, *running,
             work.axes, eps, True, k.APPLY, 0, work.parts,
         )  # fmt: skip
         self._pool.run(work.forward, call, work.stretches, self._pool.threads(x.size))
@@ -283,7 +283,7 @@ class Numba(Backend):
         """Moments, the parts of a unit shared by threads."""
         units, parts = work.units, work.parts
         partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
-        arrays = (x, None, None, None, *stats, partial, *running)
+        arrays = (x, None, None, None, *stats[:4], partial, *running)
         for again in range(2 if work.real == np.float64 and center else 1):
             for stage, tasks in ((k.SUMS, units * parts), (k.FINISH, units)):
                 call = (*arrays, work.axes, eps, center, stage, again, parts)
