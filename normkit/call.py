@@ -315,6 +315,9 @@ class Call:
         arrays |= {"running_mean": old.mean, name: old.spread, "out": self.out}
         if any(a is not None and a is not arguments.get(key) for key, a in arrays.items()):
             return None  # made from the arguments, we know not how
+        others = [id(a) for a in arguments.values() if type(a) is np.ndarray and a is not self.x]
+        if len(set(others)) < len(others):
+            return None  # which of them is which?
         keys = list(arguments)
         places = (-1 if a is None else keys.index(key) for key, a in arrays.items())
         pick = operator.itemgetter(*places)
@@ -542,8 +545,9 @@ def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., A
     declare : callable
         ``declare(x, gamma, beta, ...)`` gives the `Call`.
     pure : bool
-        It depends on its arguments alone, so that a call with arrays like those of a call before,
-        and the same other arguments, need not be declared and checked again: half the overhead.
+        It depends on the shapes, strides and dtypes of its arrays and on the values of its other
+        arguments alone. A call like one before is then not declared and checked again, which is
+        half the overhead of a small one.
 
     Examples
     --------
@@ -559,16 +563,15 @@ def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., A
     """
 
     name = declare.__name__
-    parameters = tuple(inspect.signature(declare).parameters)
+    parameters = inspect.signature(declare).parameters
+    pure &= all(p.kind is not p.VAR_POSITIONAL for p in parameters.values())
     known: dict[Any, Repeat | None] = {}  #: by signature; None for what is declared every time
 
     def named(error: Exception) -> Exception:
         message = str(error)  # Python's own, on a wrong signature, begin with the name
         return type(error)(message if message.startswith(name) else f"{name}: {message}")
 
-    @functools.wraps(declare)
-    def checked(*args: Any, **options: Any) -> Call:
-        signature = _signature(args, options) if pure else None
+    def find(signature: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Call:
         again = known.get(signature)
         try:
             if again is not None:
@@ -583,10 +586,15 @@ def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., A
         return call
 
     @functools.wraps(declare)
+    def checked(*args: Any, **options: Any) -> Call:
+        return find(_signature(args, options) if pure else None, args, options)
+
+    @functools.wraps(declare)
     def run(*args: Any, **options: Any) -> Array:
-        again = known.get(_signature(args, options)) if pure else None
+        signature = _signature(args, options) if pure else None
+        again = known.get(signature)
         if again is None:
-            return checked(*args, **options).forward()
+            return find(signature, args, options).forward()
         try:
             return again.forward((*args, *options.values(), None))
         except (TypeError, ValueError) as error:
@@ -608,7 +616,7 @@ def _signature(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...
         kind = type(value)
         if kind is np.ndarray:
             found += value.shape, value.strides, value.dtype
-        elif kind in _VALUES:
+        elif kind in _VALUES or (kind is tuple and all(type(v) is int for v in value)):
             found += kind, value
         else:
             return None
@@ -821,7 +829,7 @@ def _check_written(
 ) -> None:  # fmt: skip
     """Whether `out` can be written to while the others are read."""
     _writeable("out", out)
-    if _apart((out,), (x, gamma, beta, mean, spread)):
+    if _apart((out,), (None if out is x else x, gamma, beta, mean, spread)):
         return
     others = {"x": x, "gamma": gamma, "beta": beta, "running_mean": mean, spread_name: spread}
     if _same_memory(out, x):

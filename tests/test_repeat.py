@@ -33,7 +33,7 @@ def running(given: Options, spread: str = "running_var") -> Options:
 #: norm and its options, from the arrays
 CALLS: dict[str, Any] = {
     "layer": lambda a: (nk.layer_norm, {"axis": 1, "param_axis": 1}),
-    "rms": lambda a: (nk.rms_norm, {"axis": (1, 2), "param_axis": 1}),  # a tuple: not remembered
+    "rms": lambda a: (nk.rms_norm, {"axis": (1, 2), "param_axis": 1}),
     "instance": lambda a: (nk.instance_norm, {}),
     "group": lambda a: (nk.group_norm, {"num_groups": 2}),
     "batch": lambda a: (nk.batch_norm, {}),
@@ -153,6 +153,37 @@ def test_pullbacks_keep_the_arrays_of_their_own_call() -> None:
         assert same_bits(pullback(2 * x).x, want)
 
 
+def test_parameters_are_told_apart_by_name() -> None:
+    @functools.partial(nk.norm, pure=True)
+    def crossed(x, beta, gamma):  # type: ignore[no-untyped-def]
+        """Its parameters are called by each other's names."""
+        return nk.Call(x, beta, gamma, over, -1, eps=1e-5)
+
+    @functools.partial(nk.norm, pure=True)
+    def spread(x, *unused, out=None):  # type: ignore[no-untyped-def]
+        """Its arguments have no names."""
+        return nk.Call(x, None, None, over, -1, eps=1e-5, out=out)
+
+    x, one = np.arange(12, dtype=np.float32).reshape(3, 4), np.ones(4, np.float32)
+    for shift in (1, 2, 3):
+        assert same_bits(crossed(x, one, one * shift), nk.layer_norm(x, one, one * shift))
+        assert same_bits(crossed(x, one, one), nk.layer_norm(x, one, one))
+        assert same_bits(spread(x, 1, 2, out=np.empty_like(x)), nk.layer_norm(x))
+
+
+def test_a_backend_made_from_numba_is_asked_every_time() -> None:
+    class Sevens(Numba):
+        name = "sevens"
+
+        def forward(self, x, axes, gamma, beta, y, **options):  # type: ignore[no-untyped-def]
+            y[...] = 7
+            return self.moments(x, axes, eps=options["eps"], center=options["center"])
+
+    with nk.use_backend(Sevens()):
+        for _ in range(3):
+            assert np.all(nk.layer_norm(np.ones((2, 3))) == 7)
+
+
 def test_the_chosen_backend_is_asked() -> None:
     x = arrays()["x"]
     want = nk.layer_norm(x.astype(np.float64)).astype(np.float32)
@@ -173,6 +204,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "eps as a bool": (lambda a: {"eps": True}, "eps=True must be a real number"),
     "momentum as a bool": (lambda a: {"momentum": True}, "momentum=True must be a real number"),
     "channels as a bool": (lambda a: {"channel_axis": True}, "True"),
+    "channels as a tuple of bools": (lambda a: {"channel_axis": (True,)}, "True"),
     "read-only mean": (
         lambda a: {"running_mean": read_only(a["mean"])},
         "running_mean is read-only",

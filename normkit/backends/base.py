@@ -159,7 +159,8 @@ class Backend(ABC):
         """What does the same as `forward`, or as `infer` if `frozen`, to any arrays of the shapes,
         strides and dtypes of these, which are examples; None where little would be saved.
 
-        Unlike elsewhere, x and y may be views whose memory, not they, is C-contiguous.
+        Unlike elsewhere, x and y may be views whose memory, not they, is C-contiguous. Whoever
+        overrides `forward`, `infer` or `given` of a backend that has this overrides it as well.
         """
         return None
 

@@ -53,7 +53,7 @@ class Work:
 
     def scarce(self, threads: int) -> bool:
         """Whether the parts of a unit should be shared by threads, for want of units."""
-        if threads == 1 or self.units * self.parts < _SHARED:
+        if threads == 1 or self.parts == 1 or self.units * self.parts < _SHARED:
             return False
         return self.units < 4 * threads and self.units % threads > 0
 
@@ -217,11 +217,13 @@ class Numba(Backend):
         center: bool,
         frozen: bool,
     ) -> Launch | None:
+        if type(self) is not Numba:  # whose other methods may do otherwise
+            return None
         work, elements = _work(axes, x.dtype), x.size
         if not frozen and work.scarce(self._pool.threads(elements)):  # several launches
             return None
         as_given = work.as_given and all(p is None or p.dtype == work.real for p in (gamma, beta))
-        kernel, run, threads = work.forward, self._pool.run, self._pool.threads
+        run, threads = self._pool.run, self._pool.threads
         stage, tasks = (k.APPLY, work.stretches) if frozen else (k.ALL, work.units)
         kinds, factor, momentum = _running(update, eps)[2:]
         numbers = (kinds, factor, momentum, work.axes, eps or 0.0, center, stage, 0, work.parts)
@@ -241,7 +243,7 @@ class Numba(Backend):
                 beta = _param(beta, 0.0, work)
             stats = self._stats(work) if keep and not frozen else _NONE
             call = (x, y, gamma, beta, *stats[:4], None, mean, spread, *numbers)
-            run(kernel, call, tasks, threads(elements))
+            run(work.forward, call, tasks, threads(elements))
             return self.given(mean, spread, eps) if keep and frozen else stats
 
         return launch
