@@ -109,6 +109,23 @@ def load(typing: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
+def load_two(typing: Any, pointer: Any, index: Any) -> Any:
+    """bfloat16 elements `index` and `index` + 1: the halves of a word."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word, number = ir.IntType(32), ir.FloatType()
+        at = builder.bitcast(_element(builder, signature.args[0], *args), word.as_pointer())
+        both = builder.load(at, align=1)
+        _mark(builder, both, "alias.scope", _INPUTS)
+        low = builder.shl(both, ir.Constant(word, 16))
+        high = builder.and_(both, ir.Constant(word, 0xFFFF0000))
+        two = [builder.bitcast(low, number), builder.bitcast(high, number)]
+        return context.make_tuple(builder, signature.return_type, two)
+
+    return types.UniTuple(types.float32, 2)(pointer, types.int64), generate
+
+
+@intrinsic
 def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Round `value`, float32 or float64, to the element type and store it."""
 
@@ -161,15 +178,14 @@ def fetch(typing: Any, pointer: Any, index: Any) -> Any:
 
 
 def _round_to_bfloat16(builder: Any, value: Any) -> Any:
-    """The upper half of a float32, rounded to nearest even; NaN stays NaN."""
+    """The upper half of a float32, rounded to nearest even; arithmetic's NaNs stay NaN."""
     word = ir.IntType(32)
     bits = builder.bitcast(value, word)
     odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-    rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
-    quiet = builder.or_(bits, ir.Constant(word, 0x400000))
-    nan = builder.fcmp_unordered("uno", value, value)
-    upper = builder.lshr(builder.select(nan, quiet, rounded), ir.Constant(word, 16))
-    return builder.trunc(upper, ir.IntType(16))
+    half = builder.add(odd, ir.Constant(word, 0x7FFF))
+    number = builder.fcmp_ordered("ord", value, value)
+    rounded = builder.add(bits, builder.select(number, half, ir.Constant(word, 0)))
+    return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
 
 
 @intrinsic(prefer_literal=True)
@@ -223,6 +239,17 @@ def is_float64(typing: Any, pointer: Any) -> Any:
         return ir.Constant(ir.IntType(1), int(signature.args[0].real is types.float64))
 
     return types.boolean(pointer), generate
+
+
+@intrinsic
+def significand(typing: Any, pointer: Any) -> Any:
+    """Bits of an element's significand: known at compile time."""
+    bits = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}[pointer.element]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(64), bits)
+
+    return types.int64(pointer), generate
 
 
 @intrinsic
@@ -292,9 +319,11 @@ inline = njit(forceinline=True, **_OPTIONS)
 #: and what is rare or large
 plain = njit(**_OPTIONS)
 
+FEW = 4  #: products of halves that float32 adds up before they enter a float64 sum
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
+LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 PIECE = 512  #: elements that are fetched together, that far ahead
 AHEAD = 2  #: rows of columns that they are fetched ahead
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
@@ -384,11 +413,18 @@ def _by_column(axes):
 # what is written, and not over the border of a page. Kernels ask themselves where data are many.
 @inline
 def _ahead(x, axes):
-    """How far ahead of their use elements are asked for: one stretch, or a chunk; 0 for not."""
+    """How far ahead of their use elements are asked for: one stretch, or a piece; 0 for not."""
     k0, r0, k1, r1, params, span = axes
     if k0 * r0 * k1 * r1 < FAR * per_line(x):
         return 0
     return min(r1, CHUNK) if r0 == 1 or r1 > CHUNK else k1 * r1
+
+
+@inline
+def _ahead_of_sums(x, axes):
+    """The same where all of a group is read before it is written to: only the short stretches."""
+    k0, r0, k1, r1, params, span = axes
+    return _ahead(x, axes) if r0 > 1 and r1 <= LONG * per_line(x) else 0
 
 
 @inline
@@ -436,7 +472,19 @@ def _end_of_stretch(axes, parts, group, place, at):
 def _sums(x, first, last, shift, before, after):
     """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
     s = q = 0.0
-    for i in range(first, last):
+    # Squares of bfloat16 have 16 bits: float32 loses none to speak of when it adds a few.
+    few = (last - first) // FEW if significand(x) == 8 and shift == 0.0 else 0
+    for i in range(few):
+        t = u = np.float32(0.0)
+        for k in range(FEW // 2):
+            a, b = load_two(x, first + 2 * (i + k * few))
+            t += a + b
+            u += a * a + b * b
+        s += t
+        q += u
+    if few and not 2.0**-100 < q < 2.0**120:  # out of float32's range: all in float64
+        few, s, q = 0, 0.0, 0.0
+    for i in range(first + FEW * few, last):
         if is_float64(x):
             d = (load(x, i) * before - shift) * after
         else:
@@ -769,7 +817,7 @@ def _rows_forward(call, first, last):
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
-    ahead = _ahead(x, axes)
+    ahead = _ahead(x, axes) if stage == APPLY else _ahead_of_sums(x, axes)
     if stage == SUMS:
         for task in range(first, last):
             group = task // parts
@@ -848,7 +896,21 @@ def _centred(x, i, factor, high, low):
 def _grad_sums(dy, x, first, last, factor, high, low):
     """Sums of dy and of dy*(x - mean)*factor."""
     s = p = 0.0
-    for i in range(first, last):
+    narrow = np.float32(high)
+    halves = (significand(dy) < 24) & (significand(x) < 24)
+    few = (last - first) // FEW if halves and np.float64(narrow) == high else 0
+    for i in range(first, first + few):
+        t = u = np.float32(0.0)
+        for k in range(FEW):
+            g = np.float32(load(dy, i + k * few))
+            t += g
+            u += g * (np.float32(load(x, i + k * few)) - narrow)
+        s += t
+        p += u
+    if few and not 2.0**-100 < abs(p) < 2.0**120:  # out of float32's range: all in float64
+        few, s, p = 0, 0.0, 0.0
+    p -= low * s
+    for i in range(first + FEW * few, last):
         g = np.float64(load(dy, i))
         s += g
         p += g * _centred(x, i, factor, high, low)
@@ -1010,9 +1072,9 @@ def _apply_grad_stretch(call, first, end, index, end_of_run, mean, residual, rst
 @plain
 def _rows_backward(call, first, last):
     """A unit is a group, its parts are stretches of memory."""
-    axes, parts, stage = call.axes, call.parts, call.stage
+    x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    ahead = _ahead(call.x, axes)
+    ahead = _ahead(x, axes) if stage == APPLY else _ahead_of_sums(x, axes)
     if stage == SUMS:
         for task in range(first, last):
             s, p = _row_grads(call, task // parts, task % parts, parts, ahead)
@@ -1067,7 +1129,6 @@ def _rows_backward_params(call, first, last):
     k0, r0, k1, r1, params, span = call.axes
     zero = real(x, 0.0)
     dgamma, dbeta = scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)
-    ahead = _ahead(x, call.axes)
     for block in range(first, last):
         end = min((block + 1) * call.rows, k0)
         to = 2 * block * params
@@ -1078,7 +1139,7 @@ def _rows_backward_params(call, first, last):
             for row in range(begin, min(begin + ROW_BLOCK, end)):
                 s = p = 0.0
                 for part in range(0 if call.frozen else call.parts):
-                    ds, dp = _row_grads(call, row, part, call.parts, ahead)
+                    ds, dp = _row_grads(call, row, part, call.parts, 0)
                     s += ds
                     p += dp
                 mean, residual, rstd = _saved(call, row)
