@@ -138,7 +138,10 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
         if kind.element == "float16":
             value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
         elif kind.element == "bfloat16":
-            value = _round_to_bfloat16(builder, value)
+            upper = builder.lshr(
+                _round_to_bfloat16(builder, value), ir.Constant(ir.IntType(32), 16)
+            )
+            value = builder.trunc(upper, ir.IntType(16))
         done = builder.store(value, _element(builder, kind, args[0], args[1]), align=1)
         if kind.role == "scratch":
             _mark(builder, done, "alias.scope", _SCRATCH)
@@ -148,6 +151,24 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, value), generate
+
+
+@intrinsic
+def store_two(typing: Any, pointer: Any, index: Any, first: Any, second: Any) -> Any:
+    """Round two values to bfloat16, as elements `index` and `index` + 1."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word, upper = ir.IntType(32), ir.Constant(ir.IntType(32), 0xFFFF0000)
+        values = args[2:]
+        if signature.args[2] is types.float64:
+            values = [builder.fptrunc(value, ir.FloatType()) for value in values]
+        low, high = (_round_to_bfloat16(builder, value) for value in values)
+        both = builder.or_(builder.lshr(low, ir.Constant(word, 16)), builder.and_(high, upper))
+        at = builder.bitcast(_element(builder, signature.args[0], *args[:2]), word.as_pointer())
+        _mark(builder, builder.store(both, at, align=1), "noalias", _INPUTS, _SCRATCH)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, first, second), generate
 
 
 @intrinsic
@@ -178,14 +199,13 @@ def fetch(typing: Any, pointer: Any, index: Any) -> Any:
 
 
 def _round_to_bfloat16(builder: Any, value: Any) -> Any:
-    """The upper half of a float32, rounded to nearest even; arithmetic's NaNs stay NaN."""
+    """The word whose upper half is a float32 rounded to nearest even; arithmetic's NaNs stay."""
     word = ir.IntType(32)
     bits = builder.bitcast(value, word)
     odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
     half = builder.add(odd, ir.Constant(word, 0x7FFF))
     number = builder.fcmp_ordered("ord", value, value)
-    rounded = builder.add(bits, builder.select(number, half, ir.Constant(word, 0)))
-    return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
+    return builder.add(bits, builder.select(number, half, ir.Constant(word, 0)))
 
 
 @intrinsic(prefer_literal=True)
@@ -197,6 +217,7 @@ def scratch(typing: Any, like: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
             memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size))
+            memory.align = 64  # a vector of 512 bits then is in one cache line
         return builder.bitcast(memory, _BYTE)
 
     return kind(like, count), generate
@@ -748,7 +769,11 @@ def _centre(x, mean, residual, rstd):
 @elementwise
 def _apply_one(x, y, first, last, factor, high, scale, shift):
     """One parameter for all elements; what is left of the mean is in `shift`."""
-    for i in range(first, last):
+    pairs = (last - first) // 2 if significand(x) == 8 else 0
+    for i in range(pairs):
+        a, b = load_two(x, first + 2 * i)
+        store_two(y, first + 2 * i, (a - high) * scale + shift, (b - high) * scale + shift)
+    for i in range(first + 2 * pairs, last):
         store(y, i, (times(load(x, i), factor, 0) - high) * scale + shift)
 
 
@@ -932,7 +957,13 @@ def _weighted_grad_sums(dy, x, first, last, factor, high, low, gamma, index):
 # dx of a group is a line in x plus scale*dy; all of it divided by the factor, to stay in range.
 @elementwise
 def _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift):
-    for i in range(first, last):
+    pairs = (last - first) // 2 if significand(x) == significand(dy) == 8 else 0
+    for i in range(pairs):
+        g, h = load_two(dy, first + 2 * i)
+        a, b = load_two(x, first + 2 * i)
+        line, next_line = (a - high) * slope + shift, (b - high) * slope + shift
+        store_two(dx, first + 2 * i, g * scale + line, h * scale + next_line)
+    for i in range(first + 2 * pairs, last):
         line = (times(load(x, i), factor, 0) - high) * slope + shift
         store(dx, i, times(load(dy, i) * scale + line, factor, 0))
 
@@ -1184,8 +1215,10 @@ def _slab(axes, unit):
     """(first group, groups, first column, columns, flat position) of a unit of columns."""
     k0, r0, k1, r1, params, span = axes
     size = SLAB // r1
-    slabs = (k1 + size - 1) // size
-    sample, slab = unit // slabs, unit % slabs
+    sample, slab = 0, unit
+    if k0 > 1:
+        slabs = (k1 + size - 1) // size
+        sample, slab = unit // slabs, unit % slabs
     group = slab * size
     groups = min(size, k1 - group)
     column = group * r1
@@ -1371,15 +1404,16 @@ def _column_params(axes, unit, step, values, default, found):
     if not _by_column(axes):
         _fill(found, 0, count, default)
         return
-    at = 0
+    index, end = _parameter(axes, first)
+    at, stop, run = 0, (end - first) // step, (params if span == 1 else span) // step
     while at < count:
-        index, end = _parameter(axes, first + at * step)
-        stop = min(count, (end - first) // step)
+        stop = min(stop, count)
         if span == 1:
             _copy_run(values, index, found, at, stop)
         else:
             _fill(found, at, stop, load(values, index))
-        at = stop
+        index = index + 1 if span > 1 and index + 1 < params else 0
+        at, stop = stop, stop + run
 
 
 @elementwise
