@@ -23,6 +23,7 @@ from normkit.dispatch import (
     adopt,
     backend_for,
     chosen_backend,
+    fingerprint,
     is_array_library,
     library,
     namespace,
@@ -243,13 +244,8 @@ class Call:
         """The normalised array, and the function from dy to the gradients."""
         if self.out is not None and _same_memory(self.out, self.x):
             raise ValueError("vjp: out is x, which the pullback still needs: give another array")
-        if self.launch is None:
-            y, stats, r, d = self._forward(keep=True)
-            return unwrap(y), Pullback(self, stats, r, d)
-        mean, spread = self.running[:2] if self.running else (None, None)
-        y = np.empty_like(self.x) if self.out is None else self.out
-        stats = self.launch(self.x, y, self.gamma, self.beta, mean, spread, True)
-        return y, Pullback(self, stats, None, None)
+        y, stats, r, d = self._forward(keep=True)
+        return unwrap(y), Pullback(self, stats, r, d)
 
     def _forward(self, keep: bool) -> tuple[Array, Stats | None, Array | None, Array | None]:
         x, plan, running = self.x, self.plan, self.running
@@ -262,6 +258,10 @@ class Call:
         y = self.like_x(xp) if self.out is None else self.out
         if plan.empty:
             return y, None, None, None
+        if self.launch is not None:
+            mean, spread = running[:2] if running else (None, None)
+            stats = self.launch(x, y, self.gamma, self.beta, mean, spread, keep)
+            return y, stats, *self._corrections(stats, xp)
         packed = x if plan.direct else self.pack(x, plan.native)
         view, target = self.target(y)
         gamma, beta = (self.gamma, self.beta) if plan.direct_params else self.params()
@@ -295,11 +295,17 @@ class Call:
             if not fused:
                 assert stats is not None
                 self._update(running, stats.mean, stats.var, update.factor)
-            elif running.clip and stats is not None and stats.r is not None:
-                r, d = self._per_param(stats.r, stats.d, xp)
+            else:
+                r, d = self._corrections(stats, xp)
         if target is not view:
             view[...] = target
         return y, stats, r, d
+
+    def _corrections(self, stats: Stats | None, xp: Any) -> tuple[Array | None, Array | None]:
+        """r and d of Batch Renormalization, where `forward` computed them, one a parameter."""
+        if self.running is None or not self.running.clip or stats is None or stats.r is None:
+            return None, None
+        return self._per_param(stats.r, stats.d, xp)
 
     def repeat(self, arguments: dict[str, Any]) -> Repeat | None:
         """What runs calls that differ from this one, of these `arguments`, in their arrays' data.
@@ -315,7 +321,7 @@ class Call:
         arrays |= {"running_mean": old.mean, name: old.spread, "out": self.out}
         if any(a is not None and a is not arguments.get(key) for key, a in arrays.items()):
             return None  # made from the arguments, we know not how
-        others = [id(a) for a in arguments.values() if type(a) is np.ndarray and a is not self.x]
+        others = [id(a) for a in arguments.values() if type(a) is type(self.x) and a is not self.x]
         if len(set(others)) < len(others):
             return None  # which of them is which?
         keys = list(arguments)
@@ -323,6 +329,8 @@ class Call:
         pick = operator.itemgetter(*places)
         kept, updates = self.running is not None, self.running is not None and not self.frozen
         same = self.plan, self.backend, self.center, self.eps, self.frozen, launch
+        xp, direct, shape, native = namespace(self.x), self.plan.direct, self.x.shape, self.plan.native
+        elsewhere = None if xp is np else self.backend.elsewhere
 
         def check(
             x: Array, gamma: Array, beta: Array, mean: Array, spread: Array, out: Array
@@ -337,8 +345,11 @@ class Call:
             x, gamma, beta, mean, spread, y = found = pick(values)
             if updates or y is not None:
                 check(*found)
+            if elsewhere is not None and (there := elsewhere(x)) is not None:
+                with there:
+                    return forward(values)
             if y is None:
-                y = np.empty_like(x)
+                y = xp.empty(shape, native) if direct else xp.empty_like(x)
             launch(x, y, gamma, beta, mean, spread, False)
             return y
 
@@ -355,17 +366,18 @@ class Call:
 
     def _prepare(self) -> Launch | None:
         plan, running = self.plan, self.running
-        if type(self.x) is not np.ndarray or plan.empty or not (plan.dense and plan.direct_params):
+        if plan.empty or not (plan.dense and plan.direct_params):
             return None
         if self.out is not None and self.out.strides != self.x.strides:
             return None
         eps: float | None = self.eps
         update = None
         if running is not None:
-            if not plan.direct_running or (running.clip and not self.frozen):
+            renorm = running.clip is not None and not self.frozen
+            if not plan.direct_running or (renorm and not self.backend.renormalizes):
                 return None
             update = self._entry(running)
-            eps = None if running.clip else self.eps
+            eps = None if running.clip and self.frozen else self.eps
         return self.backend.prepare(
             self.x, plan.layout.axes, self.gamma, self.beta, update,
             eps=eps, center=self.center, frozen=self.frozen,
@@ -618,6 +630,8 @@ def _signature(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...
             found += value.shape, value.strides, value.dtype
         elif kind in _VALUES or (kind is tuple and all(type(v) is int for v in value)):
             found += kind, value
+        elif (of := fingerprint(kind)) is not None:
+            found.append(of(value))
         else:
             return None
     return tuple(found)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normkit.backends.base import Backend
@@ -67,6 +68,17 @@ def namespace(array: object) -> Any:
     """The array library that `array` belongs to, or what stands for it in `normkit.portable`."""
     kind = type(array)
     return kind if issubclass(kind, Portable) else sys.modules[_library(kind)]
+
+
+@cache
+def fingerprint(kind: type) -> Callable[[Any], tuple[Any, ...]] | None:
+    """What tells an array of a library with devices from others, but for its data; CuPy's so far.
+
+    None for a type that is not exactly the library's own.
+    """
+    if (kind.__module__, kind.__qualname__) != ("cupy", "ndarray"):
+        return None
+    return attrgetter("shape", "strides", "dtype", "data.device_id")
 
 
 def adopt(array: Any) -> Any:

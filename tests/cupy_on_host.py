@@ -17,6 +17,7 @@ from cuda_host import HostDevice, Launch
 
 from normkit.backends.cuda import Cuda, planner
 from normkit.backends.cuda import device as cuda_device
+from normkit.dispatch import use_backend
 
 LIMITS = planner.Limits(sms=2)
 
@@ -103,6 +104,5 @@ def cupy_on_host(limits: planner.Limits = LIMITS, **options: Any) -> Iterator[Ma
         mock.patch.object(cupy.cuda.runtime, "getDeviceCount", return_value=2),
         cupy.cuda.using_allocator(machine.allocate),
     ):
-        backend = Cuda(cuda_device.CuPyDevice())
-        with mock.patch("normkit.call.backend_for", return_value=backend):
+        with use_backend(Cuda(cuda_device.CuPyDevice())):
             yield machine

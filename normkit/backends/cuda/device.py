@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any
 
 import cupy
@@ -43,6 +44,7 @@ class CuPyDevice:
     empty = cupy.ndarray  # what cupy.empty calls
     zeros = staticmethod(cupy.zeros)
     current = staticmethod(_current)
+    address = staticmethod(attrgetter("data.ptr"))
 
     def __init__(self) -> None:
         try:
@@ -53,9 +55,6 @@ class CuPyDevice:
     @property
     def limits(self) -> Limits:
         return _limits(_current())
-
-    def address(self, array: Any) -> int:
-        return int(array.data.ptr)
 
     def elsewhere(self, array: Any) -> AbstractContextManager[Any] | None:
         home = array.data.device_id
