@@ -329,7 +329,8 @@ class Call:
         pick = operator.itemgetter(*places)
         kept, updates = self.running is not None, self.running is not None and not self.frozen
         same = self.plan, self.backend, self.center, self.eps, self.frozen, launch
-        xp, direct, shape, native = namespace(self.x), self.plan.direct, self.x.shape, self.plan.native
+        xp, kind, shape = namespace(self.x), type(self.x), self.x.shape
+        direct, native = self.plan.direct, self.plan.native
         elsewhere = None if xp is np else self.backend.elsewhere
 
         def check(
@@ -349,7 +350,7 @@ class Call:
                 with there:
                     return forward(values)
             if y is None:
-                y = xp.empty(shape, native) if direct else xp.empty_like(x)
+                y = kind(shape, native) if direct else xp.empty_like(x)
             launch(x, y, gamma, beta, mean, spread, False)
             return y
 
@@ -747,7 +748,13 @@ def _owner(array: Any) -> Any:
 def _overlap(a: Array, b: Array) -> bool:
     """Whether two arrays share memory."""
     xp = namespace(a)
-    return bool(np.shares_memory(a, b) if xp is np else xp.may_share_memory(a, b))
+    if xp is np:
+        return np.shares_memory(a, b)
+    if isinstance(a, Portable):
+        return a.may_share_memory(a, b)
+    # CuPy's may_share_memory takes arrays that came by way of DLPack for arrays of their own
+    (low, high), (other_low, other_high) = xp.byte_bounds(a), xp.byte_bounds(b)
+    return bool(low < other_high and other_low < high)
 
 
 def _apart(written: tuple[Array, ...], read: tuple[Array | None, ...]) -> bool:
@@ -755,6 +762,8 @@ def _apart(written: tuple[Array, ...], read: tuple[Array | None, ...]) -> bool:
 
     What is only read may be one array twice.
     """
+    if type(written[0]) is not np.ndarray:
+        return _on_device_apart(written, read)
     owners = []
     for array in written + read:
         if array is not None:
@@ -767,6 +776,23 @@ def _apart(written: tuple[Array, ...], read: tuple[Array | None, ...]) -> bool:
     return len(own) == len(written) and own.isdisjoint(owners[len(written) :])
 
 
+def _on_device_apart(written: tuple[Array, ...], read: tuple[Array | None, ...]) -> bool:
+    """The same for CuPy's arrays, of which even those without a base may share memory."""
+    if isinstance(written[0], Portable):
+        return False
+    spans = [
+        (array.data.mem.ptr, array.data.mem.ptr + array.data.mem.size)
+        for array in written + read
+        if array is not None
+    ]
+    for i in range(len(written)):
+        low, high = spans[i]
+        for other_low, other_high in spans[i + 1 :]:
+            if low < other_high and other_low < high:
+                return False
+    return True
+
+
 def _same_memory(a: Array, b: Array) -> bool:
     """Whether two arrays are one: the same elements at the same addresses."""
     if a is b:
@@ -775,8 +801,9 @@ def _same_memory(a: Array, b: Array) -> bool:
         return False
     if isinstance(a, Portable):
         return _overlap(a, b)
-    address = "__array_interface__" if isinstance(a, np.ndarray) else "__cuda_array_interface__"
-    return bool(getattr(a, address)["data"][0] == getattr(b, address)["data"][0])
+    if isinstance(a, np.ndarray):
+        return bool(a.__array_interface__["data"][0] == b.__array_interface__["data"][0])
+    return bool(a.data.ptr == b.data.ptr)
 
 
 def _writeable(argument: str, array: Array) -> None:
