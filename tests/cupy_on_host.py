@@ -84,6 +84,12 @@ class Machine:
         self.current = before
 
 
+class OnHost(Cuda):
+    """The CUDA backend; NumPy arrays it only looks at, for what a call would be."""
+
+    arrays = ("cupy", "numpy")
+
+
 @contextmanager
 def cupy_on_host(limits: planner.Limits = LIMITS, **options: Any) -> Iterator[Machine]:
     """A machine that CuPy arrays live on and normkit serves."""
@@ -104,5 +110,5 @@ def cupy_on_host(limits: planner.Limits = LIMITS, **options: Any) -> Iterator[Ma
         mock.patch.object(cupy.cuda.runtime, "getDeviceCount", return_value=2),
         cupy.cuda.using_allocator(machine.allocate),
     ):
-        with use_backend(Cuda(cuda_device.CuPyDevice())):
+        with use_backend(OnHost(cuda_device.CuPyDevice())):
             yield machine
