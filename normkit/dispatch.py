@@ -70,8 +70,7 @@ def namespace(array: object) -> Any:
     return kind if issubclass(kind, Portable) else sys.modules[_library(kind)]
 
 
-@cache
-def fingerprint(kind: type) -> Callable[[Any], tuple[Any, ...]] | None:
+def _fingerprint(kind: type) -> Callable[[Any], tuple[Any, ...]] | None:
     """What tells an array of a library with devices from others, but for its data; CuPy's so far.
 
     None for a type that is not exactly the library's own.
@@ -79,6 +78,9 @@ def fingerprint(kind: type) -> Callable[[Any], tuple[Any, ...]] | None:
     if (kind.__module__, kind.__qualname__) != ("cupy", "ndarray"):
         return None
     return attrgetter("shape", "strides", "dtype", "data.device_id")
+
+
+fingerprint: Callable[[type], Callable[[Any], tuple[Any, ...]] | None] = cache(_fingerprint)
 
 
 def adopt(array: Any) -> Any:

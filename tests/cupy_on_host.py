@@ -109,6 +109,6 @@ def cupy_on_host(limits: planner.Limits = LIMITS, **options: Any) -> Iterator[Ma
         mock.patch.object(cupy.cuda, "Device", machine.device),
         mock.patch.object(cupy.cuda.runtime, "getDeviceCount", return_value=2),
         cupy.cuda.using_allocator(machine.allocate),
+        use_backend(OnHost(cuda_device.CuPyDevice())),
     ):
-        with use_backend(OnHost(cuda_device.CuPyDevice())):
-            yield machine
+        yield machine

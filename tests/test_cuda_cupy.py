@@ -142,9 +142,7 @@ def everything(
     found |= {name: a for name, a in here.items() if name.startswith("running")}
     found |= {f"{name}, vjp": a for name, a in of_vjp.items() if name.startswith("running")}
     return {
-        name: (machine.host_view(a).copy(), a.strides)
-        for name, a in found.items()
-        if a is not None
+        name: (machine.host_view(a).copy(), a.strides) for name, a in found.items() if a is not None
     }
 
 
@@ -202,10 +200,9 @@ def test_a_repeated_call_is_on_the_device_of_x(machine: "Machine") -> None:
                     assert array.data.device_id == home
                 assert {device for device, _ in machine.launched} == {home}
                 assert machine.current == current
+    elsewhere = machine.array(given[1])
     with pytest.raises(TypeError, match=r"^batch_norm: gamma is on .*0.* and x on .*1"):
-        with machine.device(0):
-            gamma = machine.array(given[1])
-        nk.batch_norm(x, gamma, beta)
+        nk.batch_norm(x, elsewhere, beta)
 
 
 def test_alignment_is_that_of_each_call(machine: "Machine") -> None:

@@ -168,12 +168,10 @@ class Cuda(Backend):
         runs: dict[tuple[bool, bool], Run] = {}
 
         def bind(aligned: bool, keep: bool) -> Run:
-            if frozen:
-                plan, key = planner.infer, (*like, aligned, of, eps)
-            else:
-                limits = self.device.limits
-                plan, key = planner.forward, (*like, aligned, eps, center, keep, limits, of)
-            run = runs[aligned, keep] = self._bound(self.device.current(), plan, key)
+            plan: Plan = planner.infer if frozen else planner.forward
+            rest = (of, eps) if frozen else (eps, center, keep, self.device.limits, of)
+            run = self._bound(self.device.current(), plan, (*like, aligned, *rest))
+            runs[aligned, keep] = run
             return run
 
         def launch(
@@ -186,9 +184,8 @@ class Cuda(Backend):
             keep: bool,
         ) -> Any:
             aligned = self._aligned(x, y, gamma, beta)
-            results = (runs.get((aligned, keep)) or bind(aligned, keep))(
-                (x, y, gamma, beta, mean, spread)
-            )
+            run = runs.get((aligned, keep)) or bind(aligned, keep)
+            results = run((x, y, gamma, beta, mean, spread))
             if keep and frozen:
                 return self.given(mean, spread, eps)
             return Table(results[0]) if results else None
