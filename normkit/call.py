@@ -752,6 +752,8 @@ def _overlap(a: Array, b: Array) -> bool:
         return np.shares_memory(a, b)
     if isinstance(a, Portable):
         return a.may_share_memory(a, b)
+    if not (a.size and b.size):
+        return False
     # CuPy's may_share_memory takes arrays that came by way of DLPack for arrays of their own
     (low, high), (other_low, other_high) = xp.byte_bounds(a), xp.byte_bounds(b)
     return bool(low < other_high and other_low < high)

@@ -157,7 +157,7 @@ class Backend(ABC):
         frozen: bool,
     ) -> Launch | None:
         """What does the same as `forward`, or as `infer` if `frozen`, to any arrays of the shapes,
-        strides and dtypes of these, which are examples; None where little would be saved.
+        strides, dtypes and device of these, which are examples; None where little would be saved.
 
         Unlike elsewhere, x and y may be views whose memory, not they, is C-contiguous. Whoever
         overrides `forward`, `infer` or `given` of a backend that has this overrides it as well.
