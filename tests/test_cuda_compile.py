@@ -15,7 +15,7 @@ from normkit.backends.cuda import planner
 
 pytestmark = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
 
-# All specialisations take nine minutes of two cores, so an ordinary run takes a part of them:
+# All specialisations take about eight minutes of two cores, so an ordinary run takes a part:
 # which one depends on the kernels' source, so that every edit of it has another part's turn, and
 # every part has all templates, dtypes and stages. NORMKIT_FULL=1 takes all at once.
 PARTS = 1 if os.environ.get("NORMKIT_FULL") == "1" else 4
