@@ -782,11 +782,8 @@ def _on_device_apart(written: tuple[Array, ...], read: tuple[Array | None, ...])
     """The same for CuPy's arrays, of which even those without a base may share memory."""
     if isinstance(written[0], Portable):
         return False
-    spans = [
-        (array.data.mem.ptr, array.data.mem.ptr + array.data.mem.size)
-        for array in written + read
-        if array is not None
-    ]
+    bounds = namespace(written[0]).byte_bounds
+    spans = [bounds(array) for array in written + read if array is not None]
     for i in range(len(written)):
         low, high = spans[i]
         for other_low, other_high in spans[i + 1 :]:

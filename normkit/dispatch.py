@@ -75,7 +75,7 @@ def _fingerprint(kind: type) -> Callable[[Any], tuple[Any, ...]] | None:
 
     None for a type that is not exactly the library's own.
     """
-    if (kind.__module__, kind.__qualname__) != ("cupy", "ndarray"):
+    if getattr(sys.modules.get("cupy"), "ndarray", None) is not kind or not hasattr(kind, "data"):
         return None
     return attrgetter("shape", "strides", "dtype", "data.device_id")
 

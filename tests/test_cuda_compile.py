@@ -16,7 +16,7 @@ from normkit.backends.cuda import planner
 pytestmark = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
 
 # All specialisations take about eight minutes of two cores, so an ordinary run takes a part:
-# which one depends on the kernels' source, so that every edit of it has another part's turn, and
+# which one depends on the kernels' source, so that every edit of it picks a part anew, and
 # every part has all templates, dtypes and stages. NORMKIT_FULL=1 takes all at once.
 PARTS = 1 if os.environ.get("NORMKIT_FULL") == "1" else 4
 ARCH = 90

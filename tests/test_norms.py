@@ -382,6 +382,20 @@ def test_a_sample_has_the_same_bits_whatever_the_others_hold(
 
 
 @kernels
+def test_gradients_of_dy_whose_sums_leave_float32(backend: str, xp: Any) -> None:
+    """On the way, that is: in the end they do not."""
+    x = 2.0**-12 * np.random.default_rng(0).normal(size=(1, 1, 64)).astype("bfloat16")
+    dy = 2.0**127 * np.tile(np.repeat([1.0, -1.0], 8), 4).reshape(x.shape).astype("bfloat16")
+    ones = np.ones(1, "float32")
+    _, pullback = nk.vjp(nk.instance_norm, *map(xp.asarray, (x, ones, ones)), eps=1e-5)
+    dgamma, dbeta = map(numpy, pullback(xp.asarray(dy))[1:])
+    wide = x.astype("float64")
+    xhat = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-5)
+    assert dbeta == 0
+    np.testing.assert_allclose(dgamma, [(dy * xhat).sum()], rtol=1e-6)
+
+
+@kernels
 def test_parameters_that_repeat_along_a_row_have_exact_gradients(backend: str, xp: Any) -> None:
     x = np.random.default_rng(0).normal(size=(4, 256, 511)).astype("float32")
     dy, ones = np.full_like(x, 0.1), np.ones(511, "float32")

@@ -340,7 +340,7 @@ inline = njit(forceinline=True, **_OPTIONS)
 #: and what is rare or large
 plain = njit(**_OPTIONS)
 
-FEW = 4  #: products of halves that float32 adds up before they enter a float64 sum
+FEW = 4  #: products of halves, an even number, that float32 adds up for a float64 sum
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
@@ -434,7 +434,7 @@ def _by_column(axes):
 # what is written, and not over the border of a page. Kernels ask themselves where data are many.
 @inline
 def _ahead(x, axes):
-    """How far ahead of their use elements are asked for: one stretch, or a piece; 0 for not."""
+    """How far ahead of their use elements are asked for: one stretch, or a chunk; 0 for not."""
     k0, r0, k1, r1, params, span = axes
     if k0 * r0 * k1 * r1 < FAR * per_line(x):
         return 0
@@ -932,7 +932,8 @@ def _grad_sums(dy, x, first, last, factor, high, low):
             u += g * (np.float32(load(x, i + k * few)) - narrow)
         s += t
         p += u
-    if few and not 2.0**-100 < abs(p) < 2.0**120:  # out of float32's range: all in float64
+    fits = (2.0**-100 < abs(p) < 2.0**120) and abs(s) < np.inf
+    if few and not fits:  # out of float32's range: all in float64
         few, s, p = 0, 0.0, 0.0
     p -= low * s
     for i in range(first + FEW * few, last):
