@@ -87,7 +87,7 @@ class Cuda(Backend):
         keep: bool,
         update: Update | None = None,
     ) -> Any:
-        launch = self._launch(x, axes, gamma, beta, update, eps, center, frozen=False)
+        launch = self._launch(x, axes, gamma, beta, update, eps=eps, center=center, frozen=False)
         mean, spread = (None, None) if update is None else update[:2]
         return launch(x, y, gamma, beta, mean, spread, keep)
 
@@ -131,25 +131,14 @@ class Cuda(Backend):
         y: Array,
     ) -> None:
         given = Update(mean, spread, None, 0.0)
-        launch = self._launch(x, axes, gamma, beta, given, eps, center=True, frozen=True)
+        launch = self._launch(x, axes, gamma, beta, given, eps=eps, center=True, frozen=True)
         launch(x, y, gamma, beta, mean, spread, False)
 
-    def prepare(
-        self,
-        x: Array,
-        axes: Axes,
-        gamma: Array | None,
-        beta: Array | None,
-        update: Update | None,
-        *,
-        eps: float | None,
-        center: bool,
-        frozen: bool,
-    ) -> Launch | None:
+    def prepare(self, *args: Any, **options: Any) -> Launch | None:
         methods = "forward", "infer", "given"
         if any(getattr(type(self), name) is not getattr(Cuda, name) for name in methods):
             return None  # they may do otherwise
-        return self._launch(x, axes, gamma, beta, update, eps, center, frozen)
+        return self._launch(*args, **options)
 
     def _launch(
         self,
@@ -158,6 +147,7 @@ class Cuda(Backend):
         gamma: Array | None,
         beta: Array | None,
         update: Update | None,
+        *,
         eps: float | None,
         center: bool,
         frozen: bool,
