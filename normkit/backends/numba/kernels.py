@@ -1461,9 +1461,9 @@ def _same_type(wide, count, first, columns):
 
 @inline
 def _prepare_columns(
-    call, unit, mean, residual, rstd, factor, high, low, scale, shift, weight, wide
+    call, unit, mean, residual, rstd, factor, high, low, scale, shift, weight, wide, narrow
 ):
-    """Each column's y = (x*factor - high)*scale + shift; how many need float64."""
+    """Each column's y = (x*factor - high)*scale + shift, narrow or not; how many need float64."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = _slab(axes, unit)
     step, many = _step(axes), _side_by_side(axes, columns)
@@ -1478,12 +1478,14 @@ def _prepare_columns(
     _multiply(count, scale, weight)
     _fold_affine(count, scale, shift, low)
     wides = _widen(count, scale, wide, wides * alike)
-    _spread(high, count, step, many)
-    _spread(scale, count, step, many)
-    _spread(shift, count, step, many)
+    _spread_to(narrow[0], high, count, step, many)
+    _spread_to(narrow[1], scale, count, step, many)
+    _spread_to(narrow[2], shift, count, step, many)
     if wides:
-        _expand(factor, groups, r1)
-        _repeat(factor, many, columns)
+        _spread(high, count, step, many)
+        _spread(scale, count, step, many)
+        _spread(shift, count, step, many)
+        _spread(factor, groups, r1, many)
         _expand(wide, count, step)
     return wides * step
 
@@ -1493,6 +1495,17 @@ def _spread(values, count, step, many):
     """Repeat each value for `step` columns, and those for `many` rows side by side."""
     _expand(values, count, step)
     _repeat(values, many, count * step)
+
+
+@inline
+def _spread_to(target, values, count, step, many):
+    """The same in another array."""
+    if step == 1:
+        _copy_from(values, 0, target, count)
+    else:
+        for i in range(count):
+            _fill(target, i * step, (i + 1) * step, load(values, i))
+    _repeat(target, many, count * step)
 
 
 @elementwise
@@ -1610,12 +1623,20 @@ def _columns_forward(call, first, last):
         if unit != ready:  # the last task's tables serve all parts of a slab
             ready = unit
             count = _prepare_columns(
-                call, unit, mean, residual, rstd, factor, high, low, scale, lift, weight, wide
+                call,
+                unit,
+                mean,
+                residual,
+                rstd,
+                factor,
+                high,
+                low,
+                scale,
+                lift,
+                weight,
+                wide,
+                narrow,
             )
-            tables = columns * _side_by_side(call.axes, columns)
-            _copy_from(high, 0, narrow[0], tables)
-            _copy_from(scale, 0, narrow[1], tables)
-            _copy_from(lift, 0, narrow[2], tables)
         begin = 0
         while begin < columns:
             stop = _same_type(wide, count, begin, columns)
@@ -1745,7 +1766,22 @@ def _lines(groups, count, frozen, center, low, rstd, s, p, slope, shift):
 
 @inline
 def _prepare_column_grads(
-    call, unit, lows, rstds, rstd, wide, wides, sums, weight, s, p, scale, slope, shift
+    call,
+    unit,
+    lows,
+    rstds,
+    rstd,
+    wide,
+    wides,
+    sums,
+    weight,
+    s,
+    p,
+    high,
+    scale,
+    slope,
+    shift,
+    narrow,
 ):
     """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
     axes, r1 = call.axes, call.axes[3]
@@ -1768,10 +1804,14 @@ def _prepare_column_grads(
     _expand(shift, groups, alike)
     wides = _widen(count, scale, wide, wides)
     wides = _widen(count, slope, wide, wides)
-    _spread(scale, count, step, many)
-    _spread(slope, count, step, many)
-    _spread(shift, count, step, many)
+    _spread_to(narrow[0], high, columns, 1, many)
+    _spread_to(narrow[1], scale, count, step, many)
+    _spread_to(narrow[2], slope, count, step, many)
+    _spread_to(narrow[3], shift, count, step, many)
     if wides:
+        _spread(scale, count, step, many)
+        _spread(slope, count, step, many)
+        _spread(shift, count, step, many)
         _expand(wide, count, step)
     return wides * step
 
@@ -1885,13 +1925,23 @@ def _columns_backward(call, first, last):
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
         count = _prepare_column_grads(
-            call, unit, lows, rstds, rstd, wide, count, sums, weight, s, p, scale, slope, shift
+            call,
+            unit,
+            lows,
+            rstds,
+            rstd,
+            wide,
+            count,
+            sums,
+            weight,
+            s,
+            p,
+            high,
+            scale,
+            slope,
+            shift,
+            narrow,
         )
-        tables = columns * _side_by_side(call.axes, columns)
-        _copy_from(high, 0, narrow[0], tables)
-        _copy_from(scale, 0, narrow[1], tables)
-        _copy_from(slope, 0, narrow[2], tables)
-        _copy_from(shift, 0, narrow[3], tables)
         begin = 0
         while begin < columns:
             stop = _same_type(wide, count, begin, columns)
