@@ -16,7 +16,6 @@ from normkit.backends.base import Array, Backend, Launch, Stats, Step, Update
 from normkit.backends.numba import kernels as k
 from normkit.backends.numba.threads import Pool
 
-_SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 _PART = 1 << 16  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
 _SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
@@ -38,7 +37,8 @@ class Work:
     tile: int  #: and then all of them so often, to make short vectors long
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
-    stretches: int  #: tasks of the kernels' APPLY stage
+    stretches: int  #: tasks of backward's APPLY stage
+    pieces: int  #: those of forward's
 
     @cached_property
     def as_given(self) -> bool:
@@ -67,17 +67,17 @@ def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
     by_param = sums and span == 1  # columns then give what the parameters need
     if by_param and r0 == k1 == 1 and params <= k.SLAB and r1 > k.ROW_LIMIT:
         r0, r1 = r1 // params, params
-    rows = r0 == 1 or r1 >= _SHORT
+    rows = r0 == 1 or r1 >= k.SHORT
     if by_param and r0 > 1 and r1 <= k.SLAB and k1 * r1 % params == 0:
         rows = False
     repeat = tile = 1
     if rows:
-        if 1 < span < _SHORT // 2 and params > 1:
+        if 1 < span < k.SHORT // 2 and params > 1:
             repeat, params, span = span, params * span, 1
         if span == 1 and 1 < params < min(r1, _RUN):
             repeats = r1 // params
             tile = max(t for t in range(1, _RUN // params + 1) if repeats % t == 0)
-            if params * tile < _SHORT and r1 <= k.ROW_LIMIT:
+            if params * tile < k.SHORT and r1 <= k.ROW_LIMIT:
                 tile = repeats
             params *= tile
         units, elements = axes.groups, r0 * r1
@@ -88,7 +88,8 @@ def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
     stretches = units * (r0 if rows and r0 > 1 else parts)
-    return Work(dtype.name, real, rows, axes, repeat, tile, units, parts, stretches)
+    pieces = stretches if rows else k0 * -(-k1 * r1 // k.SLAB) * parts
+    return Work(dtype.name, real, rows, axes, repeat, tile, units, parts, stretches, pieces)
 
 
 @lru_cache(maxsize=64)
@@ -224,7 +225,7 @@ class Numba(Backend):
             return None
         as_given = work.as_given and all(p is None or p.dtype == work.real for p in (gamma, beta))
         run, threads = self._pool.run, self._pool.threads
-        stage, tasks = (k.APPLY, work.stretches) if frozen else (k.ALL, work.units)
+        stage, tasks = (k.APPLY, work.pieces) if frozen else (k.ALL, work.units)
         kinds, factor, momentum = _running(update, eps)[2:]
         numbers = (kinds, factor, momentum, work.axes, eps or 0.0, center, stage, 0, work.parts)
 
@@ -270,7 +271,7 @@ class Numba(Backend):
             x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats[:4], None, *running,
             work.axes, eps, True, k.APPLY, 0, work.parts,
         )  # fmt: skip
-        self._pool.run(work.forward, call, work.stretches, self._pool.threads(x.size))
+        self._pool.run(work.forward, call, work.pieces, self._pool.threads(x.size))
 
     def _by_parts(
         self,
@@ -387,7 +388,7 @@ class Numba(Backend):
             if scarce and work.real == np.float64 and options["center"]:
                 found *= 2  # about 0, then about the mean
         if operation != "moments":
-            found.append(step("result", work.stretches, "piece"))
+            found.append(step("result", work.pieces, "piece"))
         return found
 
     def copy_seconds(self, size: int) -> float:

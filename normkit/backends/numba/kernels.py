@@ -348,7 +348,9 @@ LONG = 32  #: cache lines of a stretch from which on the processor fetches them 
 PIECE = 512  #: elements that are fetched together, that far ahead
 AHEAD = 2  #: rows of columns that they are fetched ahead
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
+SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 SLAB = 256  #: columns that one task of the columns family sums side by side
+TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 ROW_LIMIT = 4096  #: longest row whose parameter gradients are summed on the stack
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
@@ -1227,6 +1229,23 @@ def _slab(axes, unit):
 
 
 @inline
+def _piece(axes, unit):
+    """What `_slab` gives of the groups in SLAB columns, and which of their columns those are.
+
+    For what needs no sums: then a row may be cut anywhere, best in whole vectors.
+    """
+    k0, r0, k1, r1, params, span = axes
+    pieces = (k1 * r1 + SLAB - 1) // SLAB
+    sample, column = unit // pieces, unit % pieces * SLAB
+    end = min(column + SLAB, k1 * r1)
+    group = column // r1
+    groups = (end + r1 - 1) // r1 - group
+    first = group * r1
+    slab = sample * k1 + group, groups, first, groups * r1, sample * r0 * k1 * r1 + first
+    return slab, column - first, end - first
+
+
+@inline
 def _step(axes):
     """How many columns of a slab are alike: a group's, if they share a parameter."""
     k0, r0, k1, r1, params, span = axes
@@ -1236,7 +1255,7 @@ def _step(axes):
 @inline
 def _side_by_side(axes, columns):
     """How many rows of a slab lie side by side in memory and are taken as one."""
-    return SLAB // columns if columns == axes[2] * axes[3] else 1
+    return SLAB // columns if columns == axes[2] * axes[3] and columns <= SLAB else 1
 
 
 @elementwise
@@ -1397,10 +1416,10 @@ def _expand(values, groups, r1):
 
 
 @inline
-def _column_params(axes, unit, step, values, default, found):
+def _column_params(axes, slab, step, values, default, found):
     """The parameter of every `step` columns, or `default` where it differs between rows."""
     k0, r0, k1, r1, params, span = axes
-    _, _, first, columns, _ = _slab(axes, unit)
+    _, _, first, columns, _ = slab
     count = columns // step
     if not _by_column(axes):
         _fill(found, 0, count, default)
@@ -1449,23 +1468,23 @@ def _widen(columns, factor, wide, count):
 
 
 @plain
-def _same_type(wide, count, first, columns):
-    """End of the run of columns from `first` on that are computed in the same type."""
+def _same_type(wide, count, first, columns, end):
+    """End of the run of columns from `first` on, before `end`, that are computed in one type."""
     if count == 0 or count == columns:
-        return columns
+        return end
     last = first + 1
-    while last < columns and load(wide, last) == load(wide, first):
+    while last < end and load(wide, last) == load(wide, first):
         last += 1
     return last
 
 
 @inline
 def _prepare_columns(
-    call, unit, mean, residual, rstd, factor, high, low, scale, shift, weight, wide, narrow
+    call, slab, mean, residual, rstd, factor, high, low, scale, shift, weight, wide, narrow
 ):
     """Each column's y = (x*factor - high)*scale + shift, narrow or not; how many need float64."""
     axes, r1 = call.axes, call.axes[3]
-    _, groups, _, columns, _ = _slab(axes, unit)
+    _, groups, _, columns, _ = slab
     step, many = _step(axes), _side_by_side(axes, columns)
     alike, count = r1 // step, columns // step
     wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale, wide)
@@ -1473,8 +1492,8 @@ def _prepare_columns(
     _expand(low, groups, alike)
     _expand(scale, groups, alike)
     _expand(wide, groups, alike)
-    _column_params(axes, unit, step, call.gamma, 1.0, weight)
-    _column_params(axes, unit, step, call.beta, 0.0, shift)
+    _column_params(axes, slab, step, call.gamma, 1.0, weight)
+    _column_params(axes, slab, step, call.beta, 0.0, shift)
     _multiply(count, scale, weight)
     _fold_affine(count, scale, shift, low)
     wides = _widen(count, scale, wide, wides * alike)
@@ -1533,11 +1552,11 @@ def _apply_columns_many(x, y, at, first, last, factor, high, scale, shift, gamma
 
 
 @plain
-def _apply_rows_of_columns(call, unit, row, end, begin, stop, factor, high, scale, shift):
+def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, shift):
     """y of rows row..end, columns begin..stop of a slab; in float32 if there is no `factor`."""
     x, y, axes = call.x, call.y, call.axes
     k0, r0, k1, r1, params, span = axes
-    _, _, _, _, origin = _slab(axes, unit)
+    _, _, _, _, origin = slab
     folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _ahead(x, axes) else 0
     if folded and begin == 0:
         many = _side_by_side(axes, stop)
@@ -1576,18 +1595,22 @@ def _columns_forward(call, first, last):
     shift, sums, part_sums = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, PAIR)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    scale, lift = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    low, weight, wide = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    scale, lift = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     one = np.float32(1.0)
-    narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
+    narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
     rounds = 2 if is_float64(x) and call.center else 1
     ready, count = -1, 0
     for task in range(first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
             unit, part = task // parts, task % parts
-        _, _, _, columns, _ = _slab(call.axes, unit)
+        slab, begin, last_column = _piece(call.axes, unit)
+        if stage != APPLY:
+            slab = _slab(call.axes, unit)
+            begin, last_column = 0, slab[3]
+        group, groups, _, columns, _ = slab
         if stage == SUMS:
             if call.round:
                 _load_slab(call, unit, mean, residual, rstd)
@@ -1604,7 +1627,6 @@ def _columns_forward(call, first, last):
             continue
         if stage == APPLY:
             if unit != ready:
-                group, groups, _, _, _ = _slab(call.axes, unit)
                 _given_groups(call, group, groups, mean, residual, rstd)
         else:
             for again in range(rounds):
@@ -1624,7 +1646,7 @@ def _columns_forward(call, first, last):
             ready = unit
             count = _prepare_columns(
                 call,
-                unit,
+                slab,
                 mean,
                 residual,
                 rstd,
@@ -1637,13 +1659,12 @@ def _columns_forward(call, first, last):
                 wide,
                 narrow,
             )
-        begin = 0
-        while begin < columns:
-            stop = _same_type(wide, count, begin, columns)
-            if load(wide, begin) == 0.0:
-                _apply_rows_of_columns(call, unit, row, end, begin, stop, None, *narrow)
+        while begin < last_column:
+            stop = _same_type(wide, count, begin, columns, last_column)
+            if count == 0 or load(wide, begin) == 0.0:
+                _apply_rows_of_columns(call, slab, row, end, begin, stop, None, *narrow)
             else:
-                _apply_rows_of_columns(call, unit, row, end, begin, stop, factor, high, scale, lift)
+                _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, lift)
             begin = stop
 
 
@@ -1788,7 +1809,7 @@ def _prepare_column_grads(
     _, groups, _, columns, _ = _slab(axes, unit)
     step, many = _step(axes), _side_by_side(axes, columns)
     alike, count = r1 // step, columns // step
-    _column_params(axes, unit, step, call.gamma, 1.0, weight)
+    _column_params(axes, _slab(axes, unit), step, call.gamma, 1.0, weight)
     _copy_from(rstd, 0, scale, count)
     _multiply(count, scale, weight)
     _copy_from(sums, 0, s, count)
@@ -1944,7 +1965,7 @@ def _columns_backward(call, first, last):
         )
         begin = 0
         while begin < columns:
-            stop = _same_type(wide, count, begin, columns)
+            stop = _same_type(wide, count, begin, columns, columns)
             if load(wide, begin) == 0.0:
                 _apply_column_grads(call, unit, row, end, begin, stop, None, *narrow)
             else:
