@@ -95,7 +95,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
 #pragma unroll
     for (int k = 0; k < C; ++k)
       if (!SPREAD && walk.valid) stat[k] = st.read<A>(group(k));
-    const Param<P, Walk, MODE, ALIGNED> scale(gamma, 1.0, walk, index);
+    const Params<P, Walk, MODE, ALIGNED, 1> scale({gamma}, {1}, walk, index);
     A mean_a[C], mean_b[C];
 #pragma unroll
     for (int k = 0; k < C; ++k) mean_a[k] = mean_b[k] = A(0);
@@ -106,7 +106,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
       for (int k = 0; k < C; ++k) a[k] = b[k] = A(0);
       double sums[2] = {0.0, 0.0};
       visit(walk, [&](int j, const Slot& s, const Vec<T, N>& vx, const Vec<T, N>& vd) {
-        A f[N], d[N], w[N];
+        A f[N], d[N], w[1][N];
         vx.open(f);
         vd.open(d);
         if constexpr (!WEIGHTED) scale.read(s, index, w);
@@ -117,7 +117,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
           if (k >= s.n) continue;
           if (SPREAD && !(one && k)) stat[0] = st.read<A>(group_at(s.at + k));
           f[k] = stat[SPREAD ? 0 : k % C].xhat(f[k]);
-          const A e = WEIGHTED ? d[k] : w[k] * d[k];
+          const A e = WEIGHTED ? d[k] : w[0][k] * d[k];
           a[k % C] += e;
           b[k % C] = fma(e, f[k], b[k % C]);
           if constexpr (OWN) {
@@ -151,7 +151,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
           if (dgamma && !WAVES) grads.write(walk.group, sum);
         }
         if (STAGE & APPLY && !frozen && !WAVES) {
-          const double w = MODE == FIXED ? (double)scale.fixed[0] : 1.0;
+          const double w = MODE == FIXED ? (double)scale.fixed[0][0] : 1.0;
           mean_a[0] = center ? (A)(w * sums[0] / members) : A(0);
           mean_b[0] = (A)(w * sums[1] / members);
         }
@@ -229,13 +229,13 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
 
     if constexpr (STAGE & APPLY) {
       visit(walk, [&](int, const Slot& s, const Vec<T, N>& vx, const Vec<T, N>& vd) {
-        A f[N], d[N], w[N];
+        A f[N], d[N], w[1][N];
         vx.open(f);
         vd.open(d);
         scale.read(s, index, w);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-          const A v = fma(-stat[k % C].xhat(f[k]), mean_b[k % C], fma(w[k], d[k], -mean_a[k % C]));
+          const A v = fma(-stat[k % C].xhat(f[k]), mean_b[k % C], fma(w[0][k], d[k], -mean_a[k % C]));
           f[k] = stat[k % C].unscale(v);
         }
         Vec<T, N> out;

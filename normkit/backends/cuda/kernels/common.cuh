@@ -205,6 +205,15 @@ __device__ __noinline__ i64 large_index(i64 i, i64 outer, i64 inner, i64 count) 
   return (outer ? i / outer * count : 0) + i / inner % count;
 }
 
+struct Place {
+  i64 i;
+  u32 left;  // how many neighbours, this one among them, have this index; or more than a vector has
+};
+
+__device__ __noinline__ Place large_place(i64 i, i64 inner, i64 count) {
+  return Place{i / inner % count, (u32)min(inner - i % inner, (i64)~0u)};
+}
+
 // i -> (i / outer) * count + (i / inner) % count, of elements fewer than 2**32 without 64-bit division.
 struct Index {
   i64 outer, inner, count;
@@ -218,6 +227,18 @@ struct Index {
     u32 rest, within;
     by_count(by_inner((u32)i, rest), within);
     return (nested ? (i64)by_outer((u32)i, rest) * count : 0) + within;
+  }
+  // The same for neighbours, one after the other; not nested.
+  __device__ __forceinline__ Place place(i64 i) const {
+    if (!small) return large_place(i, inner, count);
+    u32 rest, within;
+    by_count(by_inner((u32)i, rest), within);
+    return Place{within, by_inner.d - rest};
+  }
+  __device__ __forceinline__ void advance(Place& p) const {
+    if (--p.left) return;
+    p.left = (u32)min(inner, (i64)~0u);
+    if (++p.i == count) p.i = 0;
   }
 };
 

@@ -315,14 +315,13 @@ forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments*
         stat[k] = given ? Stat<A>(running.old_mean(i), 0.0, running.rstd(i, task.eps)) : st.read<A>(i);
       }
       const Index index = g.param();
-      const Param<P, Walk, MODE, ALIGNED> scale(gamma, 1.0, walk, index), offset(beta, 0.0, walk, index);
+      const Params<P, Walk, MODE, ALIGNED, 2> affine({gamma, beta}, {1, 0}, walk, index);
       visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
-        A f[N], a[N], b[N];
+        A f[N], w[2][N];
         v.open(f);
-        scale.read(s, index, a);
-        offset.read(s, index, b);
+        affine.read(s, index, w);
 #pragma unroll
-        for (int k = 0; k < N; ++k) f[k] = fma(stat[k % C].xhat(f[k]), a[k], b[k]);
+        for (int k = 0; k < N; ++k) f[k] = fma(stat[k % C].xhat(f[k]), w[0][k], w[1][k]);
         Vec<T, N> out;
         out.close(f);
         store<ALIGNED>(y + s.at, out, s.n, s.first, s.last);

@@ -174,35 +174,50 @@ __device__ __forceinline__ void visit(const Walk& walk, F f, H& held, Hs&... oth
   }
 }
 
-// gamma and beta. FIXED: as the sums, one for all of a thread's values, or one a column. ALONG: values
-// of a run have neighbouring parameters. EACH: those of a vector have one. ANY: looked up one by one.
+// gamma and beta, or one of them. FIXED: as the sums, one for all of a thread's values, or one a column. ALONG: values
+// of a run have neighbouring parameters. EACH: those of a vector have one. ANY: runs of `span` values
+// have one, wherever they begin.
 enum { FIXED, ALONG, EACH, ANY };
-template <class P, class Walk, int MODE, bool ALIGNED> struct Param {
+template <class P, class Walk, int MODE, bool ALIGNED, int COUNT> struct Params {
   typedef typename Arithmetic<P>::type A;
   static constexpr int N = Walk::N;
-  const P* p;
+  const P* p[COUNT];
   i64 origin;  // ALONG: flat place of the value that has parameter 0
-  A fixed[Walk::SUMS];
-  __device__ __forceinline__ Param(const P* p, double missing, const Walk& walk, const Index& index)
-      : p(p), origin(MODE == ALONG ? walk.base - walk.base % index.count : 0) {
+  A fixed[COUNT][Walk::SUMS];
+  __device__ __forceinline__ Params(const P* const (&given)[COUNT], const A (&missing)[COUNT], const Walk& walk,
+                                    const Index& index)
+      : origin(MODE == ALONG ? walk.base - walk.base % index.count : 0) {
 #pragma unroll
-    for (int k = 0; k < Walk::SUMS; ++k)
-      fixed[k] = p && MODE == FIXED && walk.valid ? (A)widen(p[index(walk.column(k))]) : (A)missing;
+    for (int c = 0; c < COUNT; ++c) {
+      p[c] = given[c];
+#pragma unroll
+      for (int k = 0; k < Walk::SUMS; ++k)
+        fixed[c][k] = p[c] && MODE == FIXED && walk.valid ? (A)widen(p[c][index(walk.column(k))]) : missing[c];
+    }
   }
-  __device__ __forceinline__ void read(const Slot& s, const Index& index, A (&out)[N]) const {
+  __device__ __forceinline__ void read(const Slot& s, const Index& index, A (&out)[COUNT][N]) const {
 #pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = fixed[k % Walk::SUMS];
-    if (MODE == FIXED || !p) return;
-    if constexpr (MODE == ALONG) {
-      load<ALIGNED, N>(p + (s.top - origin), s.n).open(out);
-    } else if constexpr (MODE == EACH) {
-      const A one = s.n > 0 ? (A)widen(p[index(s.at)]) : A(0);
+    for (int c = 0; c < COUNT; ++c)
 #pragma unroll
-      for (int k = 0; k < N; ++k) out[k] = one;
+      for (int k = 0; k < N; ++k) out[c][k] = fixed[c][k % Walk::SUMS];
+    if (MODE == FIXED || s.n <= 0) return;
+    Place at = MODE == ALONG ? Place{s.top - origin, 1} : index.place(s.at);
+    if constexpr (MODE == ANY) {  // all of them together: their places are the most of the work
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+#pragma unroll
+        for (int c = 0; c < COUNT; ++c)
+          if (p[c] && k < s.n) out[c][k] = (A)widen(p[c][at.i]);
+        index.advance(at);
+      }
     } else {
 #pragma unroll
-      for (int k = 0; k < N; ++k)
-        if (k < s.n) out[k] = (A)widen(p[index(s.at + k)]);
+      for (int c = 0; c < COUNT; ++c) {
+        if (!p[c]) continue;
+        if constexpr (MODE == ALONG) load<ALIGNED, N>(p[c] + at.i, s.n).open(out[c]);
+#pragma unroll
+        for (int k = 0; k < N && MODE == EACH; ++k) out[c][k] = (A)widen(p[c][at.i]);
+      }
     }
   }
 };
