@@ -29,12 +29,12 @@ SPILLS: dict[str, str] = {}
 
 
 def template_and_dtype(name: str) -> str:
-    """``nk::forward<float, double, ..., 3>`` -> ``nk::forward<float``."""
+    """``nk::forward<float, ..., 3>`` -> ``nk::forward<float``."""
     return re.split(r"[,>]", name)[0]
 
 
 def template_dtype_and_stage(name: str) -> str:
-    """``nk::forward<float, double, ..., 3>`` -> ``nk::forward<float 3>``."""
+    """``nk::forward<float, ..., 3>`` -> ``nk::forward<float 3>``."""
     return f"{template_and_dtype(name)} {name.split()[-1]}"
 
 

@@ -70,18 +70,29 @@ UPDATE = _struct(
     **dict.fromkeys(("r_min", "r_max", "d_max"), "f8"),
 )  # fmt: skip
 FORWARD = _struct(
-    geometry=GEOMETRY, groups="i8", blocks="i8", eps="f8", least="f8", center="i4", update=UPDATE
+    geometry=GEOMETRY,
+    groups="i8",
+    blocks="i8",
+    eps="f8",
+    least="f8",
+    center="i4",
+    halves="i4",
+    update=UPDATE,
 )
 FINISH_MOMENTS = _struct(geometry=GEOMETRY, groups="i8", eps="f8", center="i4", update=UPDATE)
-CELLS = _struct(groups="i8", params="i8", within="i8", members="f8", parts="u4", of_group="u4")
+CELLS = _struct(
+    groups="i8", params="i8", within="i8", members="f8", parts="u4", of_group="u4",
+    gamma_kind="i4", kind="i4",
+)  # fmt: skip
 BACKWARD = _struct(
     geometry=GEOMETRY,
     cells=CELLS,
     **dict.fromkeys(("outer", "inner", "count", "blocks"), "i8"),
     center="i4",
     frozen="i4",
+    halves="i4",
 )
-FOLD = _struct(rows="i8", params="i8", within="i8")
+FOLD = _struct(rows="i8", params="i8", within="i8", kind="i4")
 CHANNELS = _struct(count="i8", eps="f8", update=UPDATE, gamma_kind="i4", beta_kind="i4", kind="i4")
 KINDS = "float32", "float64", "float16", "bfloat16"  #: by their numbers in kernels/common.cuh
 
@@ -224,11 +235,6 @@ class Tile:
     def staged_bytes(self) -> int:
         """Of shared memory for the vectors of one array."""
         return self.geometry.staged * self.threads * 16
-
-    @property
-    def halves(self) -> bool:
-        """Whether kernels take gamma and beta in half precision."""
-        return self.walk != "Columns" or (self.n > 1 and self.mode == FIXED)
 
     @property
     def cell(self) -> int:
@@ -420,11 +426,10 @@ class _Writer:
         value = np.array([values], struct)[0]
         self.launches.append(Launch(kernel, (grid, 1, 1), threads, shared, arrays, value))
 
-    def parameters(self, t: Tile, dtype: str, **given: str | None) -> str:
+    def parameters(self, dtype: str, **given: str | None) -> str:
         """The dtype that a kernel takes parameters in: that of x, or of the arithmetic."""
         found = {name: of for name, of in given.items() if of}
-        halves = t.halves or ITEMSIZE[dtype] > 2
-        wanted = dtype if set(found.values()) == {dtype} and halves else ARITHMETIC[dtype]
+        wanted = dtype if set(found.values()) == {dtype} else ARITHMETIC[dtype]
         self.casts = {name: wanted for name, of in found.items() if of != wanted}
         return wanted
 
@@ -497,7 +502,7 @@ def forward(
     # where threads read what others wrote
     needed = keep or renorm or (t.walk == "Columns" and not found)
     stats = _stats(w, axes, update) if needed else None
-    param = w.parameters(t, dtype, gamma=gamma, beta=beta)
+    param = w.parameters(dtype, gamma=gamma, beta=beta)
     stage, (t, blocks) = (BOTH | WAVE, found) if found else (BOTH, (t, t.grid[0]))
     partials, arrivals = w.exchange("partials", axes.groups, MOMENTS, t) if found else (None, None)
     arrays = "x", "y", gamma and "gamma", beta and "beta", stats, partials, arrivals
@@ -551,7 +556,7 @@ def _normalize(
 ) -> None:
     """y from a table of statistics, or without one from given ones."""
     t = tile(axes, ITEMSIZE[dtype], aligned, APPLY_PART, bool(gamma or beta))
-    param = w.parameters(t, dtype, gamma=gamma, beta=beta)
+    param = w.parameters(dtype, gamma=gamma, beta=beta)
     arrays = "x", "y", gamma and "gamma", beta and "beta", stats, None, None
     _forward(w, t, APPLY, axes, dtype, param, arrays, _spread(eps), True, update)
 
@@ -578,8 +583,9 @@ def _forward(
     shared = t.shared(MOMENTS.itemsize) + t.staged_bytes if stage & REDUCE else 0
     # float squares below this may have lost digits that eps does not hide
     least = 0.0 if eps > 1e-15 else 1e-25
-    values = tuple(t.geometry), axes.groups, t.grid[0], eps, least, center, _values(update)
-    name, arrays = _name("forward", dtype, param, t, stage), (*arrays, *_running(update))
+    halves = ITEMSIZE[param] == 2
+    values = tuple(t.geometry), axes.groups, t.grid[0], eps, least, center, halves, _values(update)
+    name, arrays = _name("forward", dtype, t, stage), (*arrays, *_running(update))
     w.launch(name, blocks or t.grid[0], t.threads, shared, arrays, FORWARD, *values)
 
 
@@ -606,7 +612,7 @@ class _Gradients:
         self.gamma = "gamma" if self.given else None
         self.tile = self.choose(self.axes, PART, bool(self.wanted or self.given))
         self.split = self.choose(self.axes, APPLY_PART, bool(self.given))
-        self.param = self.w.parameters(self.tile, self.dtype, gamma=self.given)
+        self.param = self.w.parameters(self.dtype, gamma=self.given)
 
     def choose(self, axes: Axes, part: int, affine: bool) -> Tile:
         return tile(axes, ITEMSIZE[self.dtype], self.aligned, part, affine)
@@ -660,7 +666,7 @@ class _Gradients:
         # a group, or in one block a cell, is all that a parameter has
         alone = axes.params == t.cells and group_cells == t.within == 1
         in_wave = same and not self.frozen and wave(t, "backward", self.dtype, self.limits)
-        own = sums and alone and self.wanted == self.param
+        own = sums and alone
         table = (
             w.make("cells", t.parts * t.cells, PAIR) if (sums and not own) or not whole else None
         )
@@ -675,10 +681,9 @@ class _Gradients:
             means = None
             if not self.frozen:
                 gamma = self.gamma if t.mode == FIXED else None  # else the sums have it
-                param = self.param if gamma or own else ARITHMETIC[self.dtype]
                 block = t.parts * t.cells > MANY * axes.groups
                 means = w.make("means", axes.groups, PAIR)
-                kernel = f"nk::finish_gradients<{CTYPE[param]}, {block:d}>"
+                kernel = f"nk::finish_gradients<{block:d}>"
                 w.launch(
                     kernel,
                     axes.groups if block else _up(axes.groups, 8),
@@ -712,10 +717,9 @@ class _Gradients:
             shared = axes.params * PAIR.itemsize
         fixed = t.mode == FIXED and stage & BOTH == REDUCE  # gamma comes in with `finish`
         gamma = None if fixed else self.gamma
-        param = self.param if gamma or own else ARITHMETIC[self.dtype]
         grads = ("dgamma", "dbeta") if own else (None, None)
         self.w.launch(
-            _name("backward", self.dtype, param, t, stage),
+            _name("backward", self.dtype, t, stage),
             blocks or t.grid[0],
             t.threads,
             shared,
@@ -723,13 +727,22 @@ class _Gradients:
             BACKWARD,
             *(tuple(g), self.cells(t)),
             *(axes.group_size * axes.k1, axes.r1, axes.k1, t.grid[0]),
-            *(self.center, self.frozen),
+            *(self.center, self.frozen, ITEMSIZE[self.param] == 2),
         )
 
     def cells(self, t: Tile) -> tuple[int, ...]:
         """The values of CELLS."""
         axes, of_group = self.axes, max(1, t.cells // self.axes.groups)
-        return axes.groups, axes.params, max(1, t.within), axes.group_size, t.parts, of_group
+        kinds = KINDS.index(self.param), KINDS.index(self.wanted or self.param)
+        return (
+            axes.groups,
+            axes.params,
+            max(1, t.within),
+            axes.group_size,
+            t.parts,
+            of_group,
+            *kinds,
+        )
 
     def fold_cells(self, table: str | None, t: Tile) -> None:
         rows = t.parts * t.cells // (self.axes.params * t.within)
@@ -738,10 +751,11 @@ class _Gradients:
     def fold(self, wide: str, table: str | None, rows: int, within: int) -> None:
         """dgamma and dbeta from the sums of cells."""
         assert self.wanted
-        kernel = f"nk::fold<{CTYPE[wide]}, {CTYPE[self.wanted]}>"
+        kernel = f"nk::fold<{CTYPE[wide]}>"
         params, arrays = self.axes.params, (table, "dgamma", "dbeta")
+        values = rows, params, within, KINDS.index(self.wanted)
         threads = 32 * min(32, rows)
-        self.w.launch(kernel, _up(params, 32), threads, 0, arrays, FOLD, rows, params, within)
+        self.w.launch(kernel, _up(params, 32), threads, 0, arrays, FOLD, *values)
 
 
 def _per_channel(
@@ -805,10 +819,10 @@ def _keep(kernel: str, stage: int, t: Tile | Shape) -> int:
     return 3 if t.mode == EACH and t.aligned else 2
 
 
-def _name(kernel: str, dtype: str, param: str, t: Tile | Shape, stage: int) -> str:
+def _name(kernel: str, dtype: str, t: Tile | Shape, stage: int) -> str:
     kept = _keep(kernel, stage, t)
     flags = f"{t.aligned:d}, {t.mode}, {kept}, {t.wide:d}, {t.limit}, {stage}"
-    return f"nk::{kernel}<{CTYPE[dtype]}, {CTYPE[param]}, nk::{t.walk}<{t.n}>, {flags}>"
+    return f"nk::{kernel}<{CTYPE[dtype]}, nk::{t.walk}<{t.n}>, {flags}>"
 
 
 class Shape(NamedTuple):
@@ -825,10 +839,10 @@ class Shape(NamedTuple):
 def specialisations() -> Iterator[tuple[str, str]]:
     """(source, C++ name) of every kernel that a plan can ask for."""
     names = [f"nk::{name}" for name in ("given", "average", "renorm", "affine")]
-    names += [f"nk::fold<{a}, {t}>" for a in ("float", "double") for t in CTYPE.values()]
+    names += [f"nk::fold<{t}>" for t in ("float", "double")]
     names += [f"nk::finish_moments<{t}, {block}>" for t in ("float", "double") for block in (0, 1)]
-    names += [f"nk::finish_gradients<{t}, {block}>" for t in CTYPE.values() for block in (0, 1)]
-    for dtype, wide in ARITHMETIC.items():
+    names += [f"nk::finish_gradients<{block}>" for block in (0, 1)]
+    for dtype in CTYPE:
         v = 16 // ITEMSIZE[dtype]
         teams: list[tuple[str, int, bool, int]] = [("Rows", v, False, 128), ("Rows", v, True, 512)]
         teams += [("Columns", v, True, THREADS[v]), ("Columns", 1, True, THREADS[1])]
@@ -837,7 +851,6 @@ def specialisations() -> Iterator[tuple[str, str]]:
             rows = shape.walk == "Rows"
             if (shape.n == 1 and not aligned) or (not rows and mode in (ALONG, EACH)):
                 continue
-            halves = {dtype} if rows or (shape.n > 1 and mode == FIXED) else set()
             stages = [(kernel, s) for kernel in ("forward", "backward") for s in (APPLY, BOTH)]
             stages += [("backward", BOTH | PARAMS)] * (mode == ALONG)
             waves = shape.wide and shape.n > 1 and dtype != "float64"
@@ -846,11 +859,9 @@ def specialisations() -> Iterator[tuple[str, str]]:
             plain = [("forward", REDUCE), ("backward", REDUCE), ("backward", REDUCE | CROSS)]
             if shape.walk == "Rows" and shape.wide and mode == EACH:  # a group norm's gradient
                 by_run = shape._replace(walk="Runs")
-                names += [_name("backward", dtype, p, by_run, BOTH) for p in halves | {wide}]
-            for kernel, stage in stages:
-                names += [_name(kernel, dtype, p, shape, stage) for p in halves | {wide}]
-            for kernel, stage in plain * (mode == FIXED):
-                names.append(_name(kernel, dtype, wide, shape, stage))
+                names.append(_name("backward", dtype, by_run, BOTH))
+            stages += plain * (mode == FIXED)
+            names += [_name(kernel, dtype, shape, stage) for kernel, stage in stages]
     yield from ((source(), name) for name in names)
 
 

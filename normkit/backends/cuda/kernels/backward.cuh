@@ -11,14 +11,22 @@ template <class A> struct __align__(2 * sizeof(A)) PairOf {
 };
 typedef PairOf<double> Pair;
 
-// The gradients of parameters.
-template <class P> struct Gradients {
-  P *gamma, *beta;
+// The gradients of parameters, of a dtype.
+struct Gradients {
+  void *gamma, *beta;
+  int kind;
   __device__ __forceinline__ void write(i64 i, const Pair& sum) const {
-    typedef typename Arithmetic<P>::type A;
-    narrow((A)sum.b, gamma[i]);
-    narrow((A)sum.a, beta[i]);
+    put(gamma, kind, i, sum.b);
+    put(beta, kind, i, sum.a);
   }
+};
+
+// gamma of any dtype, where it is read seldom.
+struct Weights {
+  const void* p;
+  int kind;
+  __device__ __forceinline__ explicit operator bool() const { return p; }
+  __device__ __forceinline__ double operator[](i64 i) const { return get(p, kind, i); }
 };
 
 // The cells of groups and parts, as they are merged.
@@ -26,18 +34,19 @@ struct Cells {
   i64 groups, params, within;
   double members;  // of a group
   u32 parts, of_group;
+  int gamma_kind, kind;  // kind: of dgamma and dbeta
 };
 
 // The sums of a group's cells of all parts, weighted by gamma and not, by a team.
-template <bool WIDE, class P>
-__device__ __forceinline__ void merge_cells(double (&sums)[4], const Cells& task, const Pair* cells, const P* gamma,
-                                            i64 group, u32 lanes, u32 lane) {
+template <bool WIDE>
+__device__ __forceinline__ void merge_cells(double (&sums)[4], const Cells& task, const Pair* cells,
+                                            const Weights& gamma, i64 group, u32 lanes, u32 lane) {
   sums[0] = sums[1] = sums[2] = sums[3] = 0.0;
   if (group < task.groups)
     for (u32 i = lane; i < task.parts * task.of_group; i += lanes) {
       const i64 cell = group * task.of_group + i % task.of_group;
       const Pair p = cells[i / task.of_group * (task.groups * task.of_group) + cell];
-      const double w = gamma ? (double)widen(gamma[cell / task.within % task.params]) : 1.0;
+      const double w = gamma ? gamma[cell / task.within % task.params] : 1.0;
       sums[0] += w * p.a;
       sums[1] += w * p.b;
       sums[2] += p.a;
@@ -51,7 +60,7 @@ struct Backward {
   Cells cells;
   i64 outer, inner, count;  // which group a value is of
   i64 blocks;               // in a grid that gives each team one unit of work
-  int center, frozen;
+  int center, frozen, halves;  // halves: of gamma
 };
 
 // STAGE: REDUCE writes the sums of cells, part by part, to `cells` or, where each is all that a
@@ -60,17 +69,18 @@ struct Backward {
 // values have statistics of many groups. A walk over Runs has cells of a run each. REDUCE | APPLY |
 // PARAMS: rows with parameters ALONG; a team keeps the sums of its rows' parameters, and `rows` gets a
 // row of them from every block.
-template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool WIDE, int THREADS, int STAGE>
+template <class T, class Walk, bool ALIGNED, int MODE, int KEEP, bool WIDE, int THREADS, int STAGE>
 __global__ void __launch_bounds__(THREADS, 1)
-backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* cells, const Pair* means,
-         PairOf<typename Arithmetic<T>::type>* rows, P* dgamma, P* dbeta, u32* arrivals, const Backward task) {
+backward(const T* x, const T* dy, T* dx, const void* gamma, double* stats, Pair* cells, const Pair* means,
+         PairOf<typename Arithmetic<T>::type>* rows, void* dgamma, void* dbeta, u32* arrivals, const Backward task) {
   typedef typename Arithmetic<T>::type A;
   constexpr int N = Walk::N, C = Walk::SUMS;
   constexpr bool ROWS = Walk::ROWS, RUNS = Walk::RUNS, OWN = STAGE & PARAMS, SPREAD = STAGE & CROSS, WAVES = STAGE & WAVE;
   constexpr bool WEIGHTED = MODE == FIXED || RUNS;  // later: the sums of cells, by gamma
   const Geometry& g = task.geometry;
   const Statistics st{stats, task.cells.groups, false};
-  const Gradients<P> grads{dgamma, dbeta};
+  const Gradients grads{dgamma, dbeta, task.cells.kind};
+  const Weights weights{MODE == FIXED || RUNS ? gamma : nullptr, task.cells.gamma_kind};
   const i64 inner = task.inner, count = task.count, blocks = task.blocks;
   const bool center = task.center, frozen = task.frozen;
   const u32 cells_of_group = task.cells.of_group;
@@ -95,7 +105,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
 #pragma unroll
     for (int k = 0; k < C; ++k)
       if (!SPREAD && walk.valid) stat[k] = st.read<A>(group(k));
-    const Params<P, Walk, MODE, ALIGNED, 1> scale({gamma}, {1}, walk, index);
+    const Params<T, Walk, MODE, ALIGNED, 1> scale({{gamma, (bool)task.halves}}, {1}, walk, index);
     A mean_a[C], mean_b[C];
 #pragma unroll
     for (int k = 0; k < C; ++k) mean_a[k] = mean_b[k] = A(0);
@@ -132,7 +142,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
           a[0] = b[0] = A(0);
           if (walk.lane || walk.run(j) >= walk.runs) return;
           const i64 cell = walk.group * walk.runs + walk.run(j);
-          const double weight = gamma ? (double)widen(gamma[index(cell * g.r1)]) : 1.0;
+          const double weight = weights ? weights[index(cell * g.r1)] : 1.0;
           if (cells) cells[cell] = Pair{own[0], own[1]};
           sums[0] += weight * own[0];
           sums[1] += weight * own[1];
@@ -171,7 +181,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
           }
           if (cells) cells[walk.part * g.k0 * columns + cell + c] = sum;
           if (dgamma && !WAVES) grads.write(cell + c, sum);
-          const double w = MODE == FIXED && gamma && STAGE & APPLY ? (double)widen(gamma[index(first + c)]) : 1.0;
+          const double w = weights && STAGE & APPLY ? weights[index(first + c)] : 1.0;
           table[c] = Pair{w * sum.a, w * sum.b};
         }
         __syncthreads();
@@ -195,7 +205,7 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         auto merge = [&](i64 group, bool writes) {
           double all[4];
-          merge_cells<false>(all, task.cells, cells, MODE == FIXED ? gamma : nullptr, group, 32, lane);
+          merge_cells<false>(all, task.cells, cells, weights, group, 32, lane);
           if (dgamma && writes && walk.part == 0) grads.write(group, Pair{all[2], all[3]});
           return Pair{center ? all[0] / members : 0.0, all[1] / members};
         };
@@ -270,26 +280,27 @@ backward(const T* x, const T* dy, T* dx, const P* gamma, double* stats, Pair* ce
 
 // `merge_cells` as a launch: the means that dx needs, a warp a group, or a block. dgamma and dbeta where a
 // group is all that a parameter has.
-template <class P, bool WIDE>
+template <bool WIDE>
 __global__ void __launch_bounds__(256)
-finish_gradients(const Pair* cells, Pair* means, const P* gamma, P* dgamma, P* dbeta, const Cells task) {
+finish_gradients(const Pair* cells, Pair* means, const void* gamma, void* dgamma, void* dbeta, const Cells task) {
   const u32 lanes = WIDE ? blockDim.x : 32, lane = threadIdx.x % lanes;
   const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
   double sums[4];
-  merge_cells<WIDE>(sums, task, cells, gamma, group, lanes, lane);
+  merge_cells<WIDE>(sums, task, cells, Weights{gamma, task.gamma_kind}, group, lanes, lane);
   if (group >= task.groups || lane) return;
   means[group] = Pair{sums[0] / task.members, sums[1] / task.members};
-  if (dgamma) Gradients<P>{dgamma, dbeta}.write(group, Pair{sums[2], sums[3]});
+  if (dgamma) Gradients{dgamma, dbeta, task.kind}.write(group, Pair{sums[2], sums[3]});
 }
 
 // dgamma and dbeta: sums over cells (rows, params, within) for every parameter, in the order of rows.
 struct Fold {
   i64 rows, params, within;
+  int kind;
 };
 
-template <class A, class P>
+template <class A>
 __global__ void __launch_bounds__(1024, 1)
-fold(const PairOf<A>* cells, P* dgamma, P* dbeta, const Fold task) {
+fold(const PairOf<A>* cells, void* dgamma, void* dbeta, const Fold task) {
   __shared__ Pair table[32][32];
   const u32 x = threadIdx.x % 32, y = threadIdx.x / 32, step = blockDim.x / 32;
   const i64 p = (i64)blockIdx.x * 32 + x;
@@ -306,6 +317,6 @@ fold(const PairOf<A>* cells, P* dgamma, P* dbeta, const Fold task) {
   __syncthreads();
   if (y || p >= task.params) return;
   for (u32 i = 1; i < step; ++i) sum.a += table[i][x].a, sum.b += table[i][x].b;
-  Gradients<P>{dgamma, dbeta}.write(p, sum);
+  Gradients{dgamma, dbeta, task.kind}.write(p, sum);
 }
 }  // namespace nk

@@ -55,7 +55,9 @@ __device__ __forceinline__ double get(const void* p, int kind, i64 i) {
 }
 __device__ __forceinline__ void put(void* p, int kind, i64 i, double v) {
   if (kind == FLOAT) ((float*)p)[i] = (float)v;
-  else ((double*)p)[i] = v;
+  else if (kind == DOUBLE) ((double*)p)[i] = v;
+  else if (kind == HALF) narrow((float)v, ((half*)p)[i]);
+  else narrow((float)v, ((bfloat*)p)[i]);
 }
 
 // ------------------------------------------------------------------------------------ vectors
@@ -187,6 +189,24 @@ __device__ __forceinline__ void store(T* p, const Vec<T, N>& v, int n, bool firs
     if (last) store_some(p, v, N - lead, n);
   }
 }
+
+// gamma or beta, beside data of type T: in that type, if it is a half and `halves`, or in the
+// arithmetic's.
+template <class T> struct Given {
+  typedef typename Arithmetic<T>::type A;
+  const void* p;
+  bool halves;
+  __device__ __forceinline__ bool in_halves() const { return sizeof(T) == 2 && halves; }
+  __device__ __forceinline__ explicit operator bool() const { return p; }
+  __device__ __forceinline__ A operator[](i64 i) const {
+    return in_halves() ? (A)widen(((const T*)p)[i]) : ((const A*)p)[i];
+  }
+  // the first n of N neighbours
+  template <bool ALIGNED, int N> __device__ __forceinline__ void read(i64 i, int n, A (&out)[N]) const {
+    if (in_halves()) load<ALIGNED, N>((const T*)p + i, n).open(out);
+    else load<ALIGNED, N>((const A*)p + i, n).open(out);
+  }
+};
 
 // ----------------------------------------------------------------------- division and indices
 // Exact division of 32-bit numbers by one divisor, in five instructions.

@@ -231,13 +231,13 @@ struct Forward {
   Geometry geometry;
   i64 groups, blocks;  // blocks: in a grid that gives each one part of a tile
   double eps, least;
-  int center;
+  int center, halves;  // halves: of gamma and beta
   Update update;
 };
 
-template <class T, class P, class Walk, bool ALIGNED, int MODE, int KEEP, bool WIDE, int THREADS, int STAGE>
+template <class T, class Walk, bool ALIGNED, int MODE, int KEEP, bool WIDE, int THREADS, int STAGE>
 __global__ void __launch_bounds__(THREADS, 1)
-forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments* partials, u32* arrivals,
+forward(const T* x, T* y, const void* gamma, const void* beta, double* stats, Moments* partials, u32* arrivals,
         void* running_mean, void* running_spread, const Forward task) {
   typedef typename Arithmetic<T>::type A;
   constexpr int N = Walk::N, C = Walk::SUMS;
@@ -315,7 +315,8 @@ forward(const T* x, T* y, const P* gamma, const P* beta, double* stats, Moments*
         stat[k] = given ? Stat<A>(running.old_mean(i), 0.0, running.rstd(i, task.eps)) : st.read<A>(i);
       }
       const Index index = g.param();
-      const Params<P, Walk, MODE, ALIGNED, 2> affine({gamma, beta}, {1, 0}, walk, index);
+      const bool halves = task.halves;
+      const Params<T, Walk, MODE, ALIGNED, 2> affine({{gamma, halves}, {beta, halves}}, {1, 0}, walk, index);
       visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
         A f[N], w[2][N];
         v.open(f);

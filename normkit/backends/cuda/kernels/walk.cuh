@@ -178,21 +178,21 @@ __device__ __forceinline__ void visit(const Walk& walk, F f, H& held, Hs&... oth
 // of a run have neighbouring parameters. EACH: those of a vector have one. ANY: runs of `span` values
 // have one, wherever they begin.
 enum { FIXED, ALONG, EACH, ANY };
-template <class P, class Walk, int MODE, bool ALIGNED, int COUNT> struct Params {
-  typedef typename Arithmetic<P>::type A;
+template <class T, class Walk, int MODE, bool ALIGNED, int COUNT> struct Params {
+  typedef typename Arithmetic<T>::type A;
   static constexpr int N = Walk::N;
-  const P* p[COUNT];
+  Given<T> p[COUNT];
   i64 origin;  // ALONG: flat place of the value that has parameter 0
   A fixed[COUNT][Walk::SUMS];
-  __device__ __forceinline__ Params(const P* const (&given)[COUNT], const A (&missing)[COUNT], const Walk& walk,
-                                    const Index& index)
+  __device__ __forceinline__ Params(const Given<T> (&given)[COUNT], const A (&missing)[COUNT],
+                                    const Walk& walk, const Index& index)
       : origin(MODE == ALONG ? walk.base - walk.base % index.count : 0) {
 #pragma unroll
     for (int c = 0; c < COUNT; ++c) {
       p[c] = given[c];
 #pragma unroll
       for (int k = 0; k < Walk::SUMS; ++k)
-        fixed[c][k] = p[c] && MODE == FIXED && walk.valid ? (A)widen(p[c][index(walk.column(k))]) : missing[c];
+        fixed[c][k] = p[c] && MODE == FIXED && walk.valid ? p[c][index(walk.column(k))] : missing[c];
     }
   }
   __device__ __forceinline__ void read(const Slot& s, const Index& index, A (&out)[COUNT][N]) const {
@@ -207,16 +207,16 @@ template <class P, class Walk, int MODE, bool ALIGNED, int COUNT> struct Params 
       for (int k = 0; k < N; ++k) {
 #pragma unroll
         for (int c = 0; c < COUNT; ++c)
-          if (p[c] && k < s.n) out[c][k] = (A)widen(p[c][at.i]);
+          if (p[c] && k < s.n) out[c][k] = p[c][at.i];
         index.advance(at);
       }
     } else {
 #pragma unroll
       for (int c = 0; c < COUNT; ++c) {
         if (!p[c]) continue;
-        if constexpr (MODE == ALONG) load<ALIGNED, N>(p[c] + at.i, s.n).open(out[c]);
+        if constexpr (MODE == ALONG) p[c].template read<ALIGNED>(at.i, s.n, out[c]);
 #pragma unroll
-        for (int k = 0; k < N && MODE == EACH; ++k) out[c][k] = (A)widen(p[c][at.i]);
+        for (int k = 0; k < N && MODE == EACH; ++k) out[c][k] = p[c][at.i];
       }
     }
   }
