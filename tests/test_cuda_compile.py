@@ -2,10 +2,7 @@
 
 import fnmatch
 import itertools
-import os
 import re
-import zlib
-from collections.abc import Callable
 
 import nvrtc
 import pytest
@@ -15,10 +12,6 @@ from normkit.backends.cuda import planner
 
 pytestmark = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
 
-# All specialisations take about eight minutes of two cores, so an ordinary run takes a part:
-# which one depends on the kernels' source, so that every edit of it picks a part anew, and
-# every part has all templates, dtypes and stages. NORMKIT_FULL=1 takes all at once.
-PARTS = 1 if os.environ.get("NORMKIT_FULL") == "1" else 4
 ARCH = 90
 OTHERS = (75, 80, 86, 89, 100, 120)
 REGISTERS = 65536  # of a multiprocessor, which a block must not exceed
@@ -33,25 +26,13 @@ def template_and_dtype(name: str) -> str:
     return re.split(r"[,>]", name)[0]
 
 
-def template_dtype_and_stage(name: str) -> str:
-    """``nk::forward<float, ..., 3>`` -> ``nk::forward<float 3>``."""
-    return f"{template_and_dtype(name)} {name.split()[-1]}"
-
-
-def share(names: list[str], kind: Callable[[str], str], turn: int, parts: int) -> list[str]:
-    """A part of the names of every kind; all are in one part or another."""
-    kinds = itertools.groupby(sorted(names, key=lambda name: (kind(name), name)), kind)
-    groups = [list(group) for _, group in kinds]
-    return [name for group in groups for name in group[turn % len(group) :: parts]]
-
-
 def for_arch(arch: int) -> list[str]:
-    """What to compile: for ARCH a part of all, for the others one of each template and dtype."""
+    """What to compile: for ARCH all, for the others one of each template and dtype in turn."""
     every = [name for _, name in planner.specialisations()]
-    if arch != ARCH:
-        return share(every, template_and_dtype, arch, len(every))
-    turn = zlib.crc32(planner.source().encode()) % PARTS
-    return share(every, template_dtype_and_stage, turn, PARTS)
+    if arch == ARCH:
+        return every
+    kinds = itertools.groupby(sorted(every, key=template_and_dtype), template_and_dtype)
+    return [group[arch % len(group)] for group in (list(names) for _, names in kinds)]
 
 
 def compilations() -> list[object]:
@@ -74,7 +55,7 @@ def complaints(arch: int, expression: str, kernel: nvrtc.Kernel) -> list[str]:
         found.append(f"spills {kernel.spilled} bytes, {kernel.stack} bytes of local memory")
     if kernel.registers * kernel.threads > REGISTERS:
         found.append(f"{kernel.registers} registers in blocks of {kernel.threads} threads")
-    walk = re.search(r"nk::(?:Rows|Columns)<(\d+)>.* (\d+)>$", expression)
+    walk = re.search(r"nk::(?:Rows|Columns|Runs)<(\d+)>.* (\d+)>$", expression)
     n, stage = map(int, walk.groups()) if walk else (1, 0)
     vectors = n > 1 and arch == ARCH
     if vectors and not kernel.wide("LDG"):
@@ -92,14 +73,6 @@ def test_compiles(arch: int, names: list[str]) -> None:
 
 
 # ---- the means of checking
-
-
-def test_every_specialisation_has_its_turn() -> None:
-    every = [name for _, name in planner.specialisations()]
-    parts = [set(share(every, template_dtype_and_stage, turn, 4)) for turn in range(4)]
-    assert set().union(*parts) == set(every)
-    for part in parts:
-        assert set(map(template_dtype_and_stage, part)) == set(map(template_dtype_and_stage, every))
 
 
 def test_options_are_those_of_cupy() -> None:
