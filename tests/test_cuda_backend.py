@@ -19,6 +19,7 @@ import test_oracles
 from cuda_host import HostDevice, Launch, unavailable
 
 import normkit as nk
+from normkit.axes import Axes
 from normkit.backends.cuda import Cuda, planner
 from normkit.backends.cuda.planner import Limits
 from normkit.dispatch import load
@@ -66,7 +67,7 @@ CALLS = [
     Call(nk.instance_norm, (2, 5, 9, 9)),
     Call(nk.instance_norm, (2, 3, 200, 201)),
     Call(nk.instance_norm, (2, 9, 9, 16), LAST),
-    Call(nk.group_norm, (2, 32, 8, 8), {"num_groups": 4}),
+    Call(nk.group_norm, (3, 32, 8, 8), {"num_groups": 4}),
     Call(nk.group_norm, (2, 8, 100, 101), {"num_groups": 2}),
     Call(nk.group_norm, (3, 8, 3, 3), {"num_groups": 2}),
     Call(nk.group_norm, (2, 16, 24, 24), {"num_groups": 2}),
@@ -83,9 +84,9 @@ CALLS = [
     Call(nk.batch_norm, (1500, 64)),
     Call(nk.batch_norm, (40000, 3)),
 ]
-# x's dtype, and how many elements off alignment its data are; half data that are off meet
-# float32 parameters. Every eighth call runs in all variants, the others in two; with NORMKIT_FULL=1
-# all do.
+# x's dtype, and how many elements off alignment its data are; half data meet float32 parameters
+# in half of the calls. Every eighth call runs in all variants, the others in two; with
+# NORMKIT_FULL=1 all do.
 VARIANTS = list(product(["float32", "bfloat16", "float64", "float16"], [0, 1]))
 FEW = [("float32", 0), ("bfloat16", 1)]
 FULL = os.environ.get("NORMKIT_FULL") == "1"
@@ -112,6 +113,29 @@ class Host(HostDevice):
 
     def moved(self, array: np.ndarray) -> np.ndarray:
         return self.array(array, self.shift)
+
+    def bind(self, launch: planner.Launch) -> Callable[[tuple[Any, ...]], None]:
+        """Sees that parameters and their gradients, untyped pointers, are what kernels are told."""
+        start, told = super().bind(launch), kinds(launch.values)
+
+        def checked(arrays: tuple[Any, ...]) -> None:
+            for name, array in zip(launch.arrays, arrays, strict=True):
+                if name in told and array is not None:
+                    assert array.dtype.name == told[name], (launch.kernel, name)
+            start(arrays)
+
+        return checked
+
+
+def kinds(values: np.void) -> dict[str, str]:
+    """The dtypes of parameters and their gradients that a launch's values tell."""
+    fields = dict(zip(values.dtype.names or (), values, strict=True))
+    if "cells" in fields:
+        return kinds(fields["cells"])
+    of = {"gamma": "gamma_kind", "dgamma": "grad_kind", "dbeta": "grad_kind"}
+    if values.dtype == planner.FORWARD:
+        of = {"gamma": "kind", "beta": "kind"}
+    return {name: planner.KINDS[fields[kind]] for name, kind in of.items() if kind in fields}
 
 
 H200 = Limits(sms=132, shared=228 << 10)
@@ -158,7 +182,7 @@ def inputs(call: Call, dtype: str, params: str | None = None) -> tuple[np.ndarra
 
 
 def run_inputs(call: Call, dtype: str, shift: int) -> tuple[np.ndarray, ...]:
-    mixed = shift and dtype in ("bfloat16", "float16")
+    mixed = (shift + sum(call.shape)) % 2 and dtype in ("bfloat16", "float16")
     return inputs(call, dtype, "float32" if mixed else None)
 
 
@@ -335,6 +359,26 @@ def test_waves_are_off_unless_asked_for() -> None:
     backward = *key[:2], None, "float16", True, True, False
     assert len(planner.gradients(*backward, H200).launches) == 3
     assert len(planner.gradients(*backward, H200._replace(waves=True)).launches) == 1
+
+
+# Of more elements, groups, members or parameters than 32 bits count.
+HUGE = [
+    Axes(1, 1, 1, 1 << 33, 1 << 33, 1),
+    Axes(1, 1 << 33, 1, 1, 1, 1 << 33),
+    Axes(1, 2, 1 << 33, 1, 1 << 33, 1),
+    Axes(1 << 33, 1, 1, 8, 8, 1),
+    Axes(1, 1 << 20, 1 << 13, 1, 1 << 13, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("axes", HUGE, ids=str)
+def test_plans_of_more_than_32_bits(axes: Axes, dtype: str) -> None:
+    programs = [planner.forward(axes, dtype, dtype, dtype, True, 1e-5, True, True, H200)]
+    for frozen in (False, True):
+        programs.append(planner.gradients(axes, dtype, dtype, dtype, True, True, frozen, H200))
+    for program in programs:
+        assert all(max(launch.grid) < 1 << 31 for launch in program.launches)
 
 
 BATCHES = [
@@ -617,6 +661,26 @@ def test_every_regime_is_reached() -> None:
     assert sorted(known - {regime(kernel) for kernel in reached()}) == []
 
 
+def test_parameters_of_both_dtypes_in_every_walk() -> None:
+    """That are read in half precision, and in single beside data in half."""
+    seen: set[tuple[str, ...]] = set()
+
+    class Noting(Unrun):
+        def bind(self, launch: planner.Launch) -> Callable[[tuple[Any, ...]], None]:
+            told = kinds(launch.values).get("gamma")
+            if told and launch.kernel.startswith(("nk::forward<nk::", "nk::backward<nk::")):
+                name, walk, _, mode, *_ = regime(launch.kernel)
+                seen.add((name, walk, mode, told.removeprefix("b")))
+            return super().bind(launch)
+
+    for call, dtype, shift in RUNS:
+        with serving(Noting(shift)) as device:
+            results(call, *map(device.moved, run_inputs(call, dtype, shift)))
+    known = [regime(kernel) for _, kernel in planner.specialisations()]
+    walks = {tuple(r[i] for i in (0, 1, 3)) for r in known if len(r) > 1}
+    assert seen == {(*walk, kind) for walk in walks for kind in ("float16", "float32")}
+
+
 def test_every_kernel_is_known() -> None:
-    """What is launched, test_cuda_compile.py compiles for every architecture."""
+    """What is launched, test_cuda_compile.py compiles."""
     assert reached() <= {kernel for _, kernel in planner.specialisations()}

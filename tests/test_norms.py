@@ -25,7 +25,8 @@ from cases import renorm_constants as constants_of
 from layouts import ANY_DEVICE, axis_to, layouts, read_only
 
 import normkit as nk
-from normkit.axes import per_channel
+from normkit.axes import Axes, per_channel
+from normkit.dispatch import load
 
 EPS = 1e-5  #: everyone's default
 NORMS = {
@@ -157,6 +158,37 @@ def test_every_layout(case: Case, dtype: str, backend: str, xp: Any) -> None:
 def test_every_layout_by_the_reference(case: Case) -> None:
     with nk.use_backend("reference"):
         report(problems(case, "float32", np, exact(case, "float32")))
+
+
+# Short runs whose rows are cut in the middle of a group where nothing is summed: parameters of
+# groups, of columns, of both, and of rows.
+CUT = [
+    Axes(1, 5, 7, 49, 7, 49),
+    Axes(1, 5, 5, 60, 5, 60),
+    Axes(3, 9, 9, 63, 9, 63),
+    Axes(3, 5, 30, 12, 360, 1),
+    Axes(3, 5, 30, 12, 90, 4),
+    Axes(3, 4, 300, 1, 300, 1),
+    Axes(3, 4, 300, 1, 4, 300),
+]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-60], ids=str)  # of one group, to be widened
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axes", CUT, ids=str)
+def test_a_result_from_given_statistics_has_the_same_bits(
+    axes: Axes, dtype: str, scale: float
+) -> None:
+    backend, rng = load("numba"), np.random.default_rng(0)
+    x = rng.standard_normal(axes[:4])
+    x[:, :, axes.k1 // 2] *= scale
+    x = x.astype(dtype)
+    gamma, beta = (rng.standard_normal(axes.params) for _ in range(2))
+    want, got = np.empty_like(x), np.empty_like(x)
+    stats = backend.forward(x, axes, gamma, beta, want, eps=1e-30, center=True, keep=True)
+    backend.normalize(x, axes, stats, gamma, beta, got)
+    assert np.isfinite(want.astype("float32")).all()
+    assert same_bits(got, want)
 
 
 @pytest.mark.parametrize("case", [case for case in SMALL if case.size <= 200], ids=str)

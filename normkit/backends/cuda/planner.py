@@ -76,13 +76,13 @@ FORWARD = _struct(
     eps="f8",
     least="f8",
     center="i4",
-    halves="i4",
+    kind="i4",
     update=UPDATE,
 )
 FINISH_MOMENTS = _struct(geometry=GEOMETRY, groups="i8", eps="f8", center="i4", update=UPDATE)
 CELLS = _struct(
     groups="i8", params="i8", within="i8", members="f8", parts="u4", of_group="u4",
-    gamma_kind="i4", kind="i4",
+    gamma_kind="i4", grad_kind="i4",
 )  # fmt: skip
 BACKWARD = _struct(
     geometry=GEOMETRY,
@@ -90,9 +90,8 @@ BACKWARD = _struct(
     **dict.fromkeys(("outer", "inner", "count", "blocks"), "i8"),
     center="i4",
     frozen="i4",
-    halves="i4",
 )
-FOLD = _struct(rows="i8", params="i8", within="i8", kind="i4")
+FOLD = _struct(rows="i8", params="i8", within="i8", grad_kind="i4")
 CHANNELS = _struct(count="i8", eps="f8", update=UPDATE, gamma_kind="i4", beta_kind="i4", kind="i4")
 KINDS = "float32", "float64", "float16", "bfloat16"  #: by their numbers in kernels/common.cuh
 
@@ -583,8 +582,8 @@ def _forward(
     shared = t.shared(MOMENTS.itemsize) + t.staged_bytes if stage & REDUCE else 0
     # float squares below this may have lost digits that eps does not hide
     least = 0.0 if eps > 1e-15 else 1e-25
-    halves = ITEMSIZE[param] == 2
-    values = tuple(t.geometry), axes.groups, t.grid[0], eps, least, center, halves, _values(update)
+    kind = KINDS.index(param)
+    values = tuple(t.geometry), axes.groups, t.grid[0], eps, least, center, kind, _values(update)
     name, arrays = _name("forward", dtype, t, stage), (*arrays, *_running(update))
     w.launch(name, blocks or t.grid[0], t.threads, shared, arrays, FORWARD, *values)
 
@@ -725,24 +724,17 @@ class _Gradients:
             shared,
             ("x", "dy", "dx", gamma, "stats", cells, means, rows, *grads, arrivals),
             BACKWARD,
-            *(tuple(g), self.cells(t)),
+            *(tuple(g), self.cells(t, of_params=bool(stage & CROSS))),
             *(axes.group_size * axes.k1, axes.r1, axes.k1, t.grid[0]),
-            *(self.center, self.frozen, ITEMSIZE[self.param] == 2),
+            *(self.center, self.frozen),
         )
 
-    def cells(self, t: Tile) -> tuple[int, ...]:
-        """The values of CELLS."""
-        axes, of_group = self.axes, max(1, t.cells // self.axes.groups)
-        kinds = KINDS.index(self.param), KINDS.index(self.wanted or self.param)
-        return (
-            axes.groups,
-            axes.params,
-            max(1, t.within),
-            axes.group_size,
-            t.parts,
-            of_group,
-            *kinds,
-        )
+    def cells(self, t: Tile, of_params: bool = False) -> tuple[int, ...]:
+        """The values of CELLS; cells `of_params` are no group's."""
+        axes = self.axes
+        of_group = 1 if of_params else max(1, t.cells // axes.groups)
+        within, kinds = max(1, t.within), map(KINDS.index, (self.param, self.wanted or self.param))
+        return axes.groups, axes.params, within, axes.group_size, t.parts, of_group, *kinds
 
     def fold_cells(self, table: str | None, t: Tile) -> None:
         rows = t.parts * t.cells // (self.axes.params * t.within)

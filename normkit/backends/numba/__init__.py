@@ -38,7 +38,7 @@ class Work:
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
     stretches: int  #: tasks of backward's APPLY stage
-    pieces: int  #: those of forward's
+    windows: int  #: those of forward's; of columns, whose stretches are then SHORT
 
     @cached_property
     def as_given(self) -> bool:
@@ -88,8 +88,8 @@ def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
     stretches = units * (r0 if rows and r0 > 1 else parts)
-    pieces = stretches if rows else k0 * -(-k1 * r1 // k.SLAB) * parts
-    return Work(dtype.name, real, rows, axes, repeat, tile, units, parts, stretches, pieces)
+    windows = stretches if rows else k0 * -(-k1 * r1 // k.SLAB) * parts
+    return Work(dtype.name, real, rows, axes, repeat, tile, units, parts, stretches, windows)
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +225,7 @@ class Numba(Backend):
             return None
         as_given = work.as_given and all(p is None or p.dtype == work.real for p in (gamma, beta))
         run, threads = self._pool.run, self._pool.threads
-        stage, tasks = (k.APPLY, work.pieces) if frozen else (k.ALL, work.units)
+        stage, tasks = (k.APPLY, work.windows) if frozen else (k.ALL, work.units)
         kinds, factor, momentum = _running(update, eps)[2:]
         numbers = (kinds, factor, momentum, work.axes, eps or 0.0, center, stage, 0, work.parts)
 
@@ -271,7 +271,7 @@ class Numba(Backend):
             x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats[:4], None, *running,
             work.axes, eps, True, k.APPLY, 0, work.parts,
         )  # fmt: skip
-        self._pool.run(work.forward, call, work.pieces, self._pool.threads(x.size))
+        self._pool.run(work.forward, call, work.windows, self._pool.threads(x.size))
 
     def _by_parts(
         self,
@@ -388,7 +388,7 @@ class Numba(Backend):
             if scarce and work.real == np.float64 and options["center"]:
                 found *= 2  # about 0, then about the mean
         if operation != "moments":
-            found.append(step("result", work.pieces, "piece"))
+            found.append(step("result", work.windows, "piece"))
         return found
 
     def copy_seconds(self, size: int) -> float:

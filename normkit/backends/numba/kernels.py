@@ -1229,14 +1229,14 @@ def _slab(axes, unit):
 
 
 @inline
-def _piece(axes, unit):
+def _window(axes, unit):
     """What `_slab` gives of the groups in SLAB columns, and which of their columns those are.
 
     For what needs no sums: then a row may be cut anywhere, best in whole vectors.
     """
     k0, r0, k1, r1, params, span = axes
-    pieces = (k1 * r1 + SLAB - 1) // SLAB
-    sample, column = unit // pieces, unit % pieces * SLAB
+    windows = (k1 * r1 + SLAB - 1) // SLAB
+    sample, column = unit // windows, unit % windows * SLAB
     end = min(column + SLAB, k1 * r1)
     group = column // r1
     groups = (end + r1 - 1) // r1 - group
@@ -1590,7 +1590,7 @@ def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scal
 
 @plain
 def _columns_forward(call, first, last):
-    """A unit is a slab of columns, its parts are blocks of rows."""
+    """A unit is a slab of columns, or a window for APPLY; its parts are blocks of rows."""
     x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
     shift, sums, part_sums = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, PAIR)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -1606,8 +1606,9 @@ def _columns_forward(call, first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
             unit, part = task // parts, task % parts
-        slab, begin, last_column = _piece(call.axes, unit)
-        if stage != APPLY:
+        if stage == APPLY:
+            slab, begin, last_column = _window(call.axes, unit)
+        else:
             slab = _slab(call.axes, unit)
             begin, last_column = 0, slab[3]
         group, groups, _, columns, _ = slab

@@ -34,7 +34,7 @@ struct Cells {
   i64 groups, params, within;
   double members;  // of a group
   u32 parts, of_group;
-  int gamma_kind, kind;  // kind: of dgamma and dbeta
+  int gamma_kind, grad_kind;  // grad_kind: of dgamma and dbeta
 };
 
 // The sums of a group's cells of all parts, weighted by gamma and not, by a team.
@@ -60,7 +60,7 @@ struct Backward {
   Cells cells;
   i64 outer, inner, count;  // which group a value is of
   i64 blocks;               // in a grid that gives each team one unit of work
-  int center, frozen, halves;  // halves: of gamma
+  int center, frozen;
 };
 
 // STAGE: REDUCE writes the sums of cells, part by part, to `cells` or, where each is all that a
@@ -79,8 +79,8 @@ backward(const T* x, const T* dy, T* dx, const void* gamma, double* stats, Pair*
   constexpr bool WEIGHTED = MODE == FIXED || RUNS;  // later: the sums of cells, by gamma
   const Geometry& g = task.geometry;
   const Statistics st{stats, task.cells.groups, false};
-  const Gradients grads{dgamma, dbeta, task.cells.kind};
-  const Weights weights{MODE == FIXED || RUNS ? gamma : nullptr, task.cells.gamma_kind};
+  const Gradients grads{dgamma, dbeta, task.cells.grad_kind};
+  const Weights weights{WEIGHTED ? gamma : nullptr, task.cells.gamma_kind};
   const i64 inner = task.inner, count = task.count, blocks = task.blocks;
   const bool center = task.center, frozen = task.frozen;
   const u32 cells_of_group = task.cells.of_group;
@@ -105,7 +105,7 @@ backward(const T* x, const T* dy, T* dx, const void* gamma, double* stats, Pair*
 #pragma unroll
     for (int k = 0; k < C; ++k)
       if (!SPREAD && walk.valid) stat[k] = st.read<A>(group(k));
-    const Params<T, Walk, MODE, ALIGNED, 1> scale({{gamma, (bool)task.halves}}, {1}, walk, index);
+    const Params<T, Walk, MODE, ALIGNED, 1> scale({{gamma, task.cells.gamma_kind}}, {1}, walk, index);
     A mean_a[C], mean_b[C];
 #pragma unroll
     for (int k = 0; k < C; ++k) mean_a[k] = mean_b[k] = A(0);
@@ -289,13 +289,13 @@ finish_gradients(const Pair* cells, Pair* means, const void* gamma, void* dgamma
   merge_cells<WIDE>(sums, task, cells, Weights{gamma, task.gamma_kind}, group, lanes, lane);
   if (group >= task.groups || lane) return;
   means[group] = Pair{sums[0] / task.members, sums[1] / task.members};
-  if (dgamma) Gradients{dgamma, dbeta, task.kind}.write(group, Pair{sums[2], sums[3]});
+  if (dgamma) Gradients{dgamma, dbeta, task.grad_kind}.write(group, Pair{sums[2], sums[3]});
 }
 
 // dgamma and dbeta: sums over cells (rows, params, within) for every parameter, in the order of rows.
 struct Fold {
   i64 rows, params, within;
-  int kind;
+  int grad_kind;
 };
 
 template <class A>
@@ -317,6 +317,6 @@ fold(const PairOf<A>* cells, void* dgamma, void* dbeta, const Fold task) {
   __syncthreads();
   if (y || p >= task.params) return;
   for (u32 i = 1; i < step; ++i) sum.a += table[i][x].a, sum.b += table[i][x].b;
-  Gradients{dgamma, dbeta, task.kind}.write(p, sum);
+  Gradients{dgamma, dbeta, task.grad_kind}.write(p, sum);
 }
 }  // namespace nk

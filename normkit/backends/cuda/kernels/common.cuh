@@ -133,7 +133,7 @@ template <bool ALIGNED, int N, class T> __device__ __forceinline__ Vec<T, N> loa
     else { typename Vec<T, 1>::A f[1] = {*p}; v.close(f); }
   } else {
 #pragma unroll
-    for (int i = 0; i < BYTES / 16; ++i) {           // parameters are wider than x: two pieces
+    for (int i = 0; i < BYTES / 16; ++i) {           // parameters may be wider than x: two pieces
       constexpr int STEP = 16 / sizeof(T);
       const T* const at = p + i * STEP;
       if (ALIGNED) {
@@ -190,13 +190,12 @@ __device__ __forceinline__ void store(T* p, const Vec<T, N>& v, int n, bool firs
   }
 }
 
-// gamma or beta, beside data of type T: in that type, if it is a half and `halves`, or in the
-// arithmetic's.
-template <class T> struct Given {
+// gamma or beta, beside data of type T: in that type, if it is a half, or in the arithmetic's.
+template <class T> struct Parameter {
   typedef typename Arithmetic<T>::type A;
   const void* p;
-  bool halves;
-  __device__ __forceinline__ bool in_halves() const { return sizeof(T) == 2 && halves; }
+  int kind;
+  __device__ __forceinline__ bool in_halves() const { return sizeof(T) == 2 && kind >= HALF; }
   __device__ __forceinline__ explicit operator bool() const { return p; }
   __device__ __forceinline__ A operator[](i64 i) const {
     return in_halves() ? (A)widen(((const T*)p)[i]) : ((const A*)p)[i];
@@ -241,7 +240,7 @@ struct Index {
   Div by_outer, by_inner, by_count;
   __device__ Index(i64 outer, i64 inner, i64 count, i64 size)
       : outer(outer), inner(inner), count(count), nested(outer < size), small(size >> 32 == 0),
-        by_outer(small && nested ? (u32)outer : 1), by_inner(small ? (u32)inner : 1), by_count((u32)count) {}
+        by_outer(small && nested ? (u32)outer : 1), by_inner(small ? (u32)inner : 1), by_count(small ? (u32)count : 1) {}
   __device__ __forceinline__ i64 operator()(i64 i) const {
     if (!small) return large_index(i, nested ? outer : 0, inner, count);
     u32 rest, within;

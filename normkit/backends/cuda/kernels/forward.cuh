@@ -231,7 +231,7 @@ struct Forward {
   Geometry geometry;
   i64 groups, blocks;  // blocks: in a grid that gives each one part of a tile
   double eps, least;
-  int center, halves;  // halves: of gamma and beta
+  int center, kind;  // kind: of gamma and beta
   Update update;
 };
 
@@ -315,8 +315,7 @@ forward(const T* x, T* y, const void* gamma, const void* beta, double* stats, Mo
         stat[k] = given ? Stat<A>(running.old_mean(i), 0.0, running.rstd(i, task.eps)) : st.read<A>(i);
       }
       const Index index = g.param();
-      const bool halves = task.halves;
-      const Params<T, Walk, MODE, ALIGNED, 2> affine({{gamma, halves}, {beta, halves}}, {1, 0}, walk, index);
+      const Params<T, Walk, MODE, ALIGNED, 2> affine({{gamma, task.kind}, {beta, task.kind}}, {1, 0}, walk, index);
       visit(walk, [&](int, const Slot& s, const Vec<T, N>& v) {
         A f[N], w[2][N];
         v.open(f);

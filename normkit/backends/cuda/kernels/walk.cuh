@@ -174,22 +174,24 @@ __device__ __forceinline__ void visit(const Walk& walk, F f, H& held, Hs&... oth
   }
 }
 
-// gamma and beta, or one of them. FIXED: as the sums, one for all of a thread's values, or one a column. ALONG: values
-// of a run have neighbouring parameters. EACH: those of a vector have one. ANY: runs of `span` values
-// have one, wherever they begin.
+// gamma and beta, or one of them. FIXED: as the sums, one for all of a thread's values, or one a column.
+// ALONG: values of a run have neighbouring parameters. EACH: those of a vector have one. ANY: runs of
+// `span` values have one, wherever they begin.
 enum { FIXED, ALONG, EACH, ANY };
 template <class T, class Walk, int MODE, bool ALIGNED, int COUNT> struct Params {
   typedef typename Arithmetic<T>::type A;
   static constexpr int N = Walk::N;
-  Given<T> p[COUNT];
+  Parameter<T> p[COUNT];
+  bool none;
   i64 origin;  // ALONG: flat place of the value that has parameter 0
   A fixed[COUNT][Walk::SUMS];
-  __device__ __forceinline__ Params(const Given<T> (&given)[COUNT], const A (&missing)[COUNT],
+  __device__ __forceinline__ Params(const Parameter<T> (&given)[COUNT], const A (&missing)[COUNT],
                                     const Walk& walk, const Index& index)
-      : origin(MODE == ALONG ? walk.base - walk.base % index.count : 0) {
+      : none(true), origin(MODE == ALONG ? walk.base - walk.base % index.count : 0) {
 #pragma unroll
     for (int c = 0; c < COUNT; ++c) {
       p[c] = given[c];
+      none &= !p[c];
 #pragma unroll
       for (int k = 0; k < Walk::SUMS; ++k)
         fixed[c][k] = p[c] && MODE == FIXED && walk.valid ? p[c][index(walk.column(k))] : missing[c];
@@ -200,7 +202,7 @@ template <class T, class Walk, int MODE, bool ALIGNED, int COUNT> struct Params 
     for (int c = 0; c < COUNT; ++c)
 #pragma unroll
       for (int k = 0; k < N; ++k) out[c][k] = fixed[c][k % Walk::SUMS];
-    if (MODE == FIXED || s.n <= 0) return;
+    if (MODE == FIXED || s.n <= 0 || none) return;
     Place at = MODE == ALONG ? Place{s.top - origin, 1} : index.place(s.at);
     if constexpr (MODE == ANY) {  // all of them together: their places are the most of the work
 #pragma unroll
