@@ -1646,20 +1646,9 @@ def _columns_forward(call, first, last):
         if unit != ready:  # the last task's tables serve all parts of a slab
             ready = unit
             count = _prepare_columns(
-                call,
-                slab,
-                mean,
-                residual,
-                rstd,
-                factor,
-                high,
-                low,
-                scale,
-                lift,
-                weight,
-                wide,
-                narrow,
-            )
+                call, slab, mean, residual, rstd, factor, high, low, scale, lift, weight, wide,
+                narrow
+            )  # fmt: skip
         while begin < last_column:
             stop = _same_type(wide, count, begin, columns, last_column)
             if count == 0 or load(wide, begin) == 0.0:
@@ -1788,23 +1777,9 @@ def _lines(groups, count, frozen, center, low, rstd, s, p, slope, shift):
 
 @inline
 def _prepare_column_grads(
-    call,
-    unit,
-    lows,
-    rstds,
-    rstd,
-    wide,
-    wides,
-    sums,
-    weight,
-    s,
-    p,
-    high,
-    scale,
-    slope,
-    shift,
-    narrow,
-):
+    call, unit, lows, rstds, rstd, wide, wides, sums, weight, s, p, high, scale, slope, shift,
+    narrow
+):  # fmt: skip
     """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = _slab(axes, unit)
@@ -1947,23 +1922,9 @@ def _columns_backward(call, first, last):
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
         count = _prepare_column_grads(
-            call,
-            unit,
-            lows,
-            rstds,
-            rstd,
-            wide,
-            count,
-            sums,
-            weight,
-            s,
-            p,
-            high,
-            scale,
-            slope,
-            shift,
-            narrow,
-        )
+            call, unit, lows, rstds, rstd, wide, count, sums, weight, s, p, high, scale, slope,
+            shift, narrow
+        )  # fmt: skip
         begin = 0
         while begin < columns:
             stop = _same_type(wide, count, begin, columns, columns)
