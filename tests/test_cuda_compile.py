@@ -27,7 +27,7 @@ def template_and_dtype(name: str) -> str:
 
 
 def for_arch(arch: int) -> list[str]:
-    """What to compile: for ARCH all, for the others one of each template and dtype in turn."""
+    """What to compile: for ARCH all, for the others one of each template and dtype."""
     every = [name for _, name in planner.specialisations()]
     if arch == ARCH:
         return every
