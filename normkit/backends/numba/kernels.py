@@ -345,7 +345,8 @@ CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
-PIECE = 512  #: elements that are fetched together, that far ahead
+PIECE = 8  #: cache lines that are asked for together: the processor waits for few at a time
+LEAD = 32  #: cache lines that what is met once is asked for ahead
 AHEAD = 2  #: rows of columns that they are fetched ahead
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
 SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
@@ -448,6 +449,24 @@ def _ahead_of_sums(x, axes):
     """The same where all of a group is read before it is written to: only the short stretches."""
     k0, r0, k1, r1, params, span = axes
     return _ahead(x, axes) if r0 > 1 and r1 <= LONG * per_line(x) else 0
+
+
+@inline
+def _ahead_of_result(x, axes):
+    """The same where the sums have read a group: for the next one's, if it is small and float32.
+
+    Halves keep the arithmetic busy instead.
+    """
+    k0, r0, k1, r1, params, span = axes
+    if r0 * r1 > STAYS:
+        return _ahead_of_sums(x, axes)
+    return r1 if r0 == 1 and significand(x) == 24 and _ahead(x, axes) else 0
+
+
+@inline
+def _ahead_of_stretch(x, axes):
+    """The same where every element is met once."""
+    return min(_ahead(x, axes), LEAD * per_line(x))
 
 
 @inline
@@ -798,7 +817,7 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ah
     while first < end:
         last = min(end, end_of_run)
         if ahead:
-            last = min(last, first + PIECE)
+            last = min(last, first + PIECE * per_line(x))
             _fetch(x, first + ahead, last + ahead)
             _fetch(y, first + ahead, last + ahead)
         if span == 1:
@@ -844,7 +863,7 @@ def _rows_forward(call, first, last):
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
-    ahead = _ahead(x, axes) if stage == APPLY else _ahead_of_sums(x, axes)
+    ahead = _ahead_of_stretch(x, axes) if stage == APPLY else _ahead_of_sums(x, axes)
     if stage == SUMS:
         for task in range(first, last):
             group = task // parts
@@ -876,12 +895,12 @@ def _rows_forward(call, first, last):
             m, e, r = load(mean, i), load(residual, i), load(rstd, i)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_stretch(
-                call, at, end, index, end_of_run, m, e, r, min(ahead, PIECE)
+                call, at, end, index, end_of_run, m, e, r, ahead
             )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
     else:
-        fixed, later = _by_column(axes), 0 if r0 * r1 <= STAYS else ahead
+        fixed, later = _by_column(axes), _ahead_of_result(x, axes)
         index, end_of_run = _parameter(axes, _origin(axes, first))
         for begin in range(first, last, block):
             groups = min(block, last - begin)
@@ -1077,7 +1096,7 @@ def _apply_grad_stretch(call, first, end, index, end_of_run, mean, residual, rst
     while first < end:
         last = min(end, end_of_run)
         if ahead:
-            last = min(last, first + PIECE)
+            last = min(last, first + PIECE * per_line(x))
             _fetch(dy, first + ahead, last + ahead)
             _fetch(x, first + ahead, last + ahead)
             _fetch(dx, first + ahead, last + ahead)
@@ -1108,7 +1127,7 @@ def _rows_backward(call, first, last):
     """A unit is a group, its parts are stretches of memory."""
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    ahead = _ahead(x, axes) if stage == APPLY else _ahead_of_sums(x, axes)
+    ahead = _ahead_of_stretch(x, axes) if stage == APPLY else _ahead_of_sums(x, axes)
     if stage == SUMS:
         for task in range(first, last):
             s, p = _row_grads(call, task // parts, task % parts, parts, ahead)
@@ -1125,12 +1144,12 @@ def _rows_backward(call, first, last):
             mean, residual, rstd = _saved(call, group)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_grad_stretch(
-                call, at, end, index, end_of_run, mean, residual, rstd, s, p, min(ahead, PIECE)
+                call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead
             )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
     else:
-        fixed, later = _by_column(axes), 0 if r0 * r1 <= STAYS else ahead
+        fixed, later = _by_column(axes), _ahead_of_result(x, axes)
         index, end_of_run = _parameter(axes, _origin(axes, first))
         for group in range(first, last):
             s = p = 0.0
@@ -1511,7 +1530,7 @@ def _prepare_columns(
 
 @inline
 def _spread(values, count, step, many):
-    """Repeat each value for `step` columns, and those for `many` rows side by side."""
+    """Repeat each value for `step` columns, and those for `many` rows side by side, in place."""
     _expand(values, count, step)
     _repeat(values, many, count * step)
 
@@ -1519,12 +1538,8 @@ def _spread(values, count, step, many):
 @inline
 def _spread_to(target, values, count, step, many):
     """The same in another array."""
-    if step == 1:
-        _copy_from(values, 0, target, count)
-    else:
-        for i in range(count):
-            _fill(target, i * step, (i + 1) * step, load(values, i))
-    _repeat(target, many, count * step)
+    _copy_from(values, 0, target, count)
+    _spread(target, count, step, many)
 
 
 @elementwise
@@ -1781,11 +1796,11 @@ def _prepare_column_grads(
     narrow
 ):  # fmt: skip
     """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
-    axes, r1 = call.axes, call.axes[3]
-    _, groups, _, columns, _ = _slab(axes, unit)
+    axes, r1, slab = call.axes, call.axes[3], _slab(call.axes, unit)
+    _, groups, _, columns, _ = slab
     step, many = _step(axes), _side_by_side(axes, columns)
     alike, count = r1 // step, columns // step
-    _column_params(axes, _slab(axes, unit), step, call.gamma, 1.0, weight)
+    _column_params(axes, slab, step, call.gamma, 1.0, weight)
     _copy_from(rstd, 0, scale, count)
     _multiply(count, scale, weight)
     _copy_from(sums, 0, s, count)
