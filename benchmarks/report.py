@@ -44,15 +44,14 @@ def write(path: Path, results: Results) -> None:
 
 def peers(rows: Iterable[Row]) -> list[str]:
     """The peers that were timed in any of the rows."""
-    timed = {who for row in rows for who in row["us"]}
+    timed = {who for row in rows for who in row["ratio"]}
     return [peer.name for peer in PEERS if peer.name in timed]
 
 
 def speedup(row: Row, who: str) -> float | None:
-    """How many times as long a peer takes; "best" is the fastest of them."""
-    us = row["us"]
-    times = [us[name] for name in (peers([row]) if who == "best" else [who]) if name in us]
-    return min(times) / us[OURS] if times else None
+    """How many times as long a peer takes, the median of rounds; "best" is the fastest of them."""
+    ratios = row["ratio"] if who == "best" else {who: row["ratio"].get(who)}
+    return min((ratio["median"] for ratio in ratios.values() if ratio), default=None)
 
 
 def ceiling(row: Row) -> float:
@@ -86,7 +85,7 @@ def table(results: Results) -> Table:
     who = peers(rows)
     found = Table(
         title=f"{hardware(results)}, allocator: {results['machine']['allocator']}",
-        caption="peers: their time over normkit's (▼: normkit is slower), and their error; "
+        caption="peers: their time over normkit's (▼: normkit is slower), ±%, and their error; "
         "errors are the largest over the largest value, against float64",
         box=rich.box.SIMPLE_HEAD,
     )
@@ -107,7 +106,7 @@ def _peer(row: Row, who: str) -> str:
     if ratio is None:
         return "wrong" if row["absent"].get(who, "").startswith("wrong") else ""
     shown = f"[red]▼ {ratio:.2f}[/]" if ratio < 1 else f"[green]{ratio:.2f}[/]"
-    return f"{shown} [dim]{row['error'][who]:.0e}[/]"
+    return f"{shown} ±{100 * row['ratio'][who]['spread']:.0f} [dim]{row['error'][who]:.0e}[/]"
 
 
 def summary(results: Results) -> Table:
@@ -145,10 +144,16 @@ def _grouped(
 
 
 def worst(results: Results, count: int = 5) -> list[str]:
-    """The rows that lose most to the best of the peers."""
-    ratios = [(ratio, row) for row in results["rows"] if (ratio := speedup(row, "best"))]
-    lost = sorted((pair for pair in ratios if pair[0] < 1), key=lambda pair: pair[0])
-    return [f"{ratio:.2f}  {row['case']}" for ratio, row in lost[:count]]
+    """The rows that lose most to any of the peers."""
+    lost = sorted(
+        (ratio["median"], ratio["spread"], who, row["case"])
+        for row in results["rows"]
+        for who, ratio in row["ratio"].items()
+        if ratio["median"] < 1
+    )
+    return [
+        f"{median:.2f} ± {spread:.2f} {who}: {name}" for median, spread, who, name in lost[:count]
+    ]
 
 
 def compare(old: Results, new: Results) -> Iterator[tuple[float, Row]]:

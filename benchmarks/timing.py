@@ -21,10 +21,12 @@ from benchmarks.peers import Contestant, Make, Unsupported, plain
 
 Run = Callable[[], Any]
 Row = dict[str, Any]  #: one row of the results, as JSON has it
+Times = dict[str, list[float]]  #: everyone's samples, a round each, in microseconds
 
 #: largest error over largest value that a contestant may have
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 FEW, LONG = 3, 2e5  #: samples that are enough of calls of so many microseconds
+AGAIN = 3  #: times as many rounds more for a row that nobody clearly wins
 OURS = "normkit"
 OUT = "normkit, out="
 
@@ -73,8 +75,9 @@ class Cpu:
     #: OpenMP runtime in the process having threads of its own
     settle = 0.03
     #: seconds to run untimed, until its own threads are awake and spread over the processors
-    wake = 0.02
-    measure = 0.004  #: seconds that a sample takes at least
+    wake = 0.01
+    measure = 0.02  #: seconds of calls whose median is a sample
+    batch = 1e-4  #: seconds of calls that are timed together, so that reading the clock is nothing
 
     def microseconds(self, run: Run) -> float:
         time.sleep(self.settle)
@@ -82,14 +85,17 @@ class Cpu:
         while (waking := time.perf_counter() - begin) < self.wake or not calls:
             run()
             calls += 1
-        loops = max(1, int(self.measure * calls / waking))
+        loops = max(1, int(self.batch * calls / waking))
+        taken: list[float] = []
         gc.disable()
-        begin = time.perf_counter()
-        for _ in repeat(None, loops):
-            run()
-        taken = time.perf_counter() - begin
+        end = time.perf_counter() + self.measure
+        while not taken or time.perf_counter() < end:
+            begin = time.perf_counter()
+            for _ in repeat(None, loops):
+                run()
+            taken.append(time.perf_counter() - begin)
         gc.enable()
-        return taken / loops * 1e6
+        return statistics.median(taken) / loops * 1e6
 
     def copies(self, size: int) -> dict[str, Run]:
         source = np.full(size // 2, 1, np.uint8)  # zeros would all be one page
@@ -152,9 +158,13 @@ def check(case: Case, given: dict[str, Array], peers: dict[str, Make]) -> Checke
 
 
 def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) -> Row:
-    """Microseconds, spread and error of all who can do the case."""
+    """Microseconds, spread and error of all who can do the case, and their times over normkit's."""
     checked = check(case, inputs(case, device.xp), peers)
-    times = in_turns(checked.runs | device.copies(case.bytes), device, rounds)
+    runs = checked.runs | device.copies(case.bytes)
+    times: Times = {who: [] for who in runs}
+    in_turns(runs, device, rounds, times)
+    if any(doubtful(times, who) for who in peers if who in times):
+        in_turns(runs, device, AGAIN * rounds, times)
     return {
         "case": case.name,
         "where": case.where,
@@ -163,19 +173,34 @@ def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) ->
         "bytes": case.bytes,
         "us": {who: round(statistics.median(samples), 3) for who, samples in times.items()},
         "spread": {who: round(spread(samples), 4) for who, samples in times.items()},
+        "ratio": {who: _ratio(times, who) for who in peers if who in times},
         "error": checked.errors,
         "absent": checked.absent,
     }
 
 
-def in_turns(runs: dict[str, Run], device: Device, rounds: int) -> dict[str, list[float]]:
-    """Samples of everyone, round by round; of who takes long, a few are enough."""
-    times: dict[str, list[float]] = {who: [] for who in runs}
+def in_turns(runs: dict[str, Run], device: Device, rounds: int, times: Times) -> None:
+    """Add samples of everyone, round by round; of who takes long, a few are enough."""
     for _ in range(rounds):
         for who, run in runs.items():
             if len(times[who]) < FEW or min(times[who]) < LONG:
                 times[who].append(device.microseconds(run))
-    return times
+
+
+def ratios(times: Times, who: str) -> list[float]:
+    """Someone's time over normkit's in each round: a machine that slows down slows down both."""
+    return [theirs / ours for theirs, ours in zip(times[who], times[OURS], strict=False)]
+
+
+def doubtful(times: Times, who: str) -> bool:
+    """Whether either is faster in a quarter of the rounds."""
+    low, _, high = statistics.quantiles(ratios(times, who), n=4, method="inclusive")
+    return low < 1 < high
+
+
+def _ratio(times: Times, who: str) -> dict[str, float]:
+    found = ratios(times, who)
+    return {"median": round(statistics.median(found), 4), "spread": round(spread(found), 4)}
 
 
 def spread(samples: list[float]) -> float:

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ pytest.importorskip("rich", reason="benchmarks need rich: nothing of them was te
 from benchmarks import harness, report
 from benchmarks.cases import DIRECTIONS, EVERY, NORMS, Case, cases, function, inputs, select
 from benchmarks.peers import PEERS, Contestant, Peer, Unsupported
-from benchmarks.timing import OUT, TOLERANCE, Cpu, check, time_row
+from benchmarks.timing import OUT, TOLERANCE, Cpu, check, ratios, time_row
 
 FULL = os.environ.get("NORMKIT_FULL") == "1"
 SLOW = "torch.compile"  # seconds a case: NORMKIT_FULL=1
@@ -55,6 +56,7 @@ def results(**us: float) -> dict[str, Any]:
             "bytes": 8000,
             "us": {"normkit": time, "PyTorch": 10.0, "copy": 2.0, "copy, 1 thread": 1.0},
             "spread": {"normkit": 0.01},
+            "ratio": {"PyTorch": {"median": 10.0 / time, "spread": 0.01}},
             "error": {"normkit": 1e-7, "PyTorch": 1e-7},
             "absent": {},
         }
@@ -167,6 +169,47 @@ def test_a_wrong_or_failing_or_lacking_peer_is_not_timed() -> None:
     assert all(time > 0 for time in row["us"].values())
 
 
+def test_ratios_are_of_the_same_round() -> None:
+    slowing = {"normkit": [1.0, 2.0, 4.0], "slower": [1.5, 3.0, 6.0], "long": [9.0]}
+    assert ratios(slowing, "slower") == [1.5] * 3  # though its times overlap with normkit's
+    assert ratios(slowing, "long") == [9.0]
+
+
+class Scripted(Still):
+    """A device on which the peer's calls take as long as it is told, all others 1 µs."""
+
+    def __init__(self, *theirs: float) -> None:
+        self.theirs, self.samples = cycle(theirs), 0
+
+    def microseconds(self, run: Any) -> float:
+        if run() is not PEERS_RESULT:
+            return 1.0
+        self.samples += 1
+        return next(self.theirs)
+
+
+PEERS_RESULT: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    ("theirs", "median", "rounds"),
+    [((1.1, 1.2), 1.15, 4), ((0.9,), 0.9, 4), ((1.2, 0.9), 1.05, 16)],
+    ids=["won", "lost", "in doubt"],
+)
+def test_a_row_that_nobody_clearly_wins_takes_more_rounds(
+    theirs: tuple[float, ...], median: float, rounds: int
+) -> None:
+    case, device = Case("layer_norm", (4, 6), "NC", "float32", "inference"), Scripted(*theirs)
+
+    def peer(case: Case, given: dict[str, Any]) -> Contestant:
+        y = function(case, given)()
+        return Contestant(lambda: PEERS_RESULT, lambda _: (y,))
+
+    row = time_row(case, device, {"peer": peer}, 4)
+    assert row["ratio"]["peer"]["median"] == pytest.approx(median)
+    assert device.samples == rounds
+
+
 def test_a_run_is_written_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = select(cases(), "layer_norm tiny")
     done = harness.begin(Still(), {}, [])
@@ -194,7 +237,7 @@ def test_a_report_marks_losses(capsys: pytest.CaptureFixture[str]) -> None:
     made = results(won=5, lost=20)
     assert report.speedup(made["rows"][0], "best") == 2
     assert report.ceiling(made["rows"][0]) == 1
-    assert report.worst(made) == ["0.50  lost"]
+    assert report.worst(made) == ["0.50 ± 0.01 PyTorch: lost"]
     report.show(made)
     printed = capsys.readouterr().out
     assert "▼ 0.50" in printed

@@ -894,9 +894,7 @@ def _rows_forward(call, first, last):
             i = group - begin
             m, e, r = load(mean, i), load(residual, i), load(rstd, i)
             end = _end_of_stretch(axes, parts, group, place, at)
-            index, end_of_run = _apply_stretch(
-                call, at, end, index, end_of_run, m, e, r, ahead
-            )
+            index, end_of_run = _apply_stretch(call, at, end, index, end_of_run, m, e, r, ahead)
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
     else:
