@@ -30,7 +30,9 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--filter", default="", help="words of a row's name or place")
+    parser.add_argument(
+        "--filter", default="", help="words of a row's name or place; others after a comma"
+    )
     parser.add_argument("--quick", action="store_true", help="few rows and rounds: a minute")
     parser.add_argument("--rounds", type=int, help="of everyone in turns (7; quick: 3)")
     parser.add_argument("--peers", help="only these, comma-separated; an empty word for none")

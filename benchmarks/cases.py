@@ -168,8 +168,16 @@ def cases(device: str = "cpu") -> Iterator[Case]:
 
 
 def select(table: Iterator[Case], words: str, quick: bool = False) -> list[Case]:
-    """The rows that have all `words` in their name or place; with `quick`, few of them."""
-    rows = [c for c in table if all(word in f"{c.name} {c.where}" for word in words.split())]
+    """The rows that have all `words` before a comma, or all after it, in their name or place.
+
+    With `quick`, few of them.
+    """
+    choices = [choice.split() for choice in words.split(",")]
+    rows = [
+        c
+        for c in table
+        if any(all(word in f"{c.name} {c.where}" for word in choice) for choice in choices)
+    ]
     if quick:
         rows = [c for c in rows if "quick" in c.where and c.layout != "NHWC"]
         rows = [c for c in rows if c.dtype == "float32"]

@@ -145,7 +145,9 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--filter", default="", help="words of a row's name or place")
+    parser.add_argument(
+        "--filter", default="", help="words of a row's name or place; others after a comma"
+    )
     parser.add_argument("--plan", action="store_true", help="print the launches; needs no GPU")
     parser.add_argument("--smoke", action="store_true", help="what compute-sanitizer watches")
     parser.add_argument("--skip-checks", action="store_true", help="speed only")

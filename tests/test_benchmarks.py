@@ -89,6 +89,11 @@ def test_select_keeps_rows_with_all_words() -> None:
         "layer_norm bfloat16 NC 392x256",
         "layer_norm bfloat16 NC 98x1023",
     }
+    either = select(cases(), "layer bfloat16 small, tiny rms")
+    assert {c.problem.rsplit(" ", 1)[0] for c in either} == {
+        "layer_norm bfloat16 NC",
+        "rms_norm float32 NC",
+    }
     quick = select(cases(), "", quick=True)
     assert {c.norm for c in quick} == set(NORMS)
     assert {c.dtype for c in quick} == {"float32"}
