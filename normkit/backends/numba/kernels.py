@@ -1,8 +1,9 @@
 """The CPU's arithmetic: Numba kernels over raw memory, for every dtype and layout.
 
-A kernel is ``kernel(call, first, last)``: it does tasks first..last of the work that the named
-tuple behind the pointer `call` describes, so that threads can share it and the bits do not depend
-on who does what. Two families serve all axes (k0, r0, k1, r1), by what is contiguous:
+A kernel is ``kernel(pointer, first, last)``: it does tasks first..last of the work that the named
+tuple behind the pointer describes, so that threads can share it and the bits do not depend on who
+does what. It is compiled to a C function, whose address is all that the threads need. Two families
+serve all axes (k0, r0, k1, r1), by what is contiguous:
 
 rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
 columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
@@ -330,7 +331,9 @@ def call_at(typing: Any, function: Any, call: Any, first: Any, last: Any) -> Any
 
 
 # ------------------------------------------------------------------------------------ kinds of loop
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
+_ERRORS: dict[str, Any] = {"error_model": "numpy"}  # x / 0 is inf
+#: what only kernels call needs no way in from Python, and is on disk as a part of them
+_OPTIONS: dict[str, Any] = _ERRORS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 #: a sum whose order LLVM may choose (once, when it compiles: the bits are fixed)
 reduction = njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True, **_OPTIONS)
 #: element by element, as written but for fused multiply-adds
@@ -353,6 +356,7 @@ SHORT = 64  #: stretches of fewer elements are summed as columns, if there are s
 SLAB = 256  #: columns that one task of the columns family sums side by side
 TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
+PAIRS = 2 * PAIR  #: those of all parts so far, then of one
 ROW_LIMIT = 4096  #: longest row whose parameter gradients are summed on the stack
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
@@ -537,7 +541,7 @@ def _sums(x, first, last, shift, before, after):
 
 
 @inline
-def _part_sums(call, group, part, shift, before, after, ahead):
+def _part_sums(call, group, part, shift, before, after):
     """`_sums` over one of the parts that a group is cut into.
 
     If memory is fetched ahead, that of y is, where it is soon written to.
@@ -551,6 +555,7 @@ def _part_sums(call, group, part, shift, before, after, ahead):
         count = (part + 1) * count // parts - begin
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
+    ahead = _ahead_of_sums(x, axes)
     writes = given(y) and r0 * r1 <= STAYS
     s = q = 0.0
     for _ in range(count):
@@ -570,12 +575,22 @@ def _part_sums(call, group, part, shift, before, after, ahead):
 
 
 @inline
-def _group_sums(call, group, shift, before, after, ahead):
+def _group_sums(call, group, shift, before, after):
     s = q = 0.0
     for part in range(call.parts):
-        ds, dq = _part_sums(call, group, part, shift, before, after, ahead)
+        ds, dq = _part_sums(call, group, part, shift, before, after)
         s += ds
         q += dq
+    return s, q
+
+
+@inline
+def _sums_of_parts(call, group):
+    """The same, of parts that were summed before."""
+    s = q = 0.0
+    for part in range(group * call.parts, (group + 1) * call.parts):
+        s += load(call.partial, 2 * part)
+        q += load(call.partial, 2 * part + 1)
     return s, q
 
 
@@ -601,9 +616,9 @@ def _two_passes(call, group, before, after):
     shift = delta = var = 0.0
     if call.center:
         shift = np.float64(load(call.x, _origin(call.axes, group))) * before
-        s, q = _group_sums(call, group, shift, before, after, 0)
+        s, q = _group_sums(call, group, shift, before, after)
         shift += s / count / after
-    s, q = _group_sums(call, group, shift, before, after, 0)
+    s, q = _group_sums(call, group, shift, before, after)
     delta, var = _central(s, q, count, call.center)
     mean = shift + delta / after
     return mean, shift - mean + delta / after, var
@@ -622,7 +637,7 @@ def _exact_moments(call, group):
         if before * after != 1.0:
             mean, residual, var = _two_passes(call, group, before, after)
     if not np.isfinite(var) and call.center:  # an inf or NaN: the mean that numpy.mean gives
-        s, q = _group_sums(call, group, 0.0, before, 1.0, 0)
+        s, q = _group_sums(call, group, 0.0, before, 1.0)
         return s / (call.axes[1] * call.axes[3]), 0.0, np.nan, np.nan
     scale = before * after
     rstd = scale / np.sqrt(var + eps * scale * scale)
@@ -846,16 +861,16 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ah
 
 
 @inline
-def _shift(call, group, again):
+def _shift(call, group, again, mean, i):
     """What a group is summed about: for float64 its first element, then its rounded mean."""
     if not (is_float64(call.x) and call.center):
         return 0.0
-    return load(call.mean, group) if again else np.float64(load(call.x, _origin(call.axes, group)))
+    return load(mean, i) if again else np.float64(load(call.x, _origin(call.axes, group)))
 
 
-@plain
-def _rows_forward(call, first, last):
+def rows_forward(pointer, first, last):
     """A unit is a group, its parts are stretches of memory."""
+    call = _behind(pointer)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
     shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIR)
@@ -863,28 +878,17 @@ def _rows_forward(call, first, last):
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
-    ahead = _ahead_of_stretch(x, axes) if stage == APPLY else _ahead_of_sums(x, axes)
     if stage == SUMS:
         for task in range(first, last):
             group = task // parts
-            about = _shift(call, group, call.round == 1)
-            s, q = _part_sums(call, group, task % parts, about, 1.0, 1.0, ahead)
+            about = _shift(call, group, call.round == 1, call.mean, group)
+            s, q = _part_sums(call, group, task % parts, about, 1.0, 1.0)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, q)
-    elif stage == FINISH:
-        for group in range(first, last):
-            s = q = 0.0
-            for task in range(group * parts, (group + 1) * parts):
-                s += load(call.partial, 2 * task)
-                q += load(call.partial, 2 * task + 1)
-            store(sums, 0, s)
-            store(sums, SLAB, q)
-            store(shift, 0, _shift(call, group, call.round == 1))
-            final = call.round == rounds - 1
-            _finish(call, group, 1, final, shift, sums, mean, residual, var, rstd)
     elif stage == APPLY:
         group, place, row, at = _find_stretch(axes, parts, first)
         index, end_of_run = _parameter(axes, at)
+        ahead = _ahead_of_stretch(x, axes)
         begin, stop = 0, 0  # of the groups whose statistics are at hand
         for _ in range(first, last):
             if not begin <= group < stop:
@@ -900,18 +904,27 @@ def _rows_forward(call, first, last):
     else:
         fixed, later = _by_column(axes), _ahead_of_result(x, axes)
         index, end_of_run = _parameter(axes, _origin(axes, first))
+        begin_round, end_round = 0, rounds
+        if stage == FINISH:
+            begin_round, end_round = call.round, call.round + 1
         for begin in range(first, last, block):
             groups = min(block, last - begin)
-            for again in range(rounds):
+            if begin_round:
+                _copy_from(call.mean, begin, mean, groups)
+            for again in range(begin_round, end_round):
                 for i in range(groups):
-                    about = load(mean, i) if again else _shift(call, begin + i, False)
-                    s, q = _group_sums(call, begin + i, about, 1.0, 1.0, 0 if again else ahead)
+                    group = begin + i
+                    about = _shift(call, group, again == 1, mean, i)
+                    if stage == FINISH:
+                        s, q = _sums_of_parts(call, group)
+                    else:
+                        s, q = _group_sums(call, group, about, 1.0, 1.0)
                     store(shift, i, about)
                     store(sums, i, s)
                     store(sums, SLAB + i, q)
                 final = again == rounds - 1
                 _finish(call, begin, groups, final, shift, sums, mean, residual, var, rstd)
-            for i in range(0 if stage == MOMENTS else groups):
+            for i in range(groups if stage == ALL else 0):
                 m, e, r = load(mean, i), load(residual, i), load(rstd, i)
                 at = _origin(axes, begin + i)
                 if r0 > 1:
@@ -1011,12 +1024,12 @@ def _dx_and_params(
 
 
 @inline
-def _row_grads(call, group, part, parts, ahead):
+def _row_grads(call, group, part):
     """Sums of gamma*dy and gamma*dy*xhat over one part of a group; of dy, dy*xhat for each run.
 
     If memory is fetched ahead, that of dx is, where it is soon written to.
     """
-    dy, x, gamma, sums = call.dy, call.x, call.gamma, call.sums
+    dy, x, gamma, sums, parts = call.dy, call.x, call.gamma, call.sums, call.parts
     k0, r0, k1, r1, params, span = call.axes
     mean, residual, rstd = _saved(call, group)
     factor, high, low, rstd = _centre(x, mean, residual, rstd)
@@ -1033,6 +1046,7 @@ def _row_grads(call, group, part, parts, ahead):
     index, _ = _parameter(call.axes, origin + at)
     fixed = r0 == 1 or _by_column(call.axes)
     first_of_row = index if at == 0 else _parameter(call.axes, origin)[0]
+    ahead = _ahead_of_sums(x, call.axes)
     writes = r0 * r1 <= STAYS
     s = p = 0.0
     for _ in range(count):
@@ -1120,18 +1134,18 @@ def _apply_grad_stretch(call, first, end, index, end_of_run, mean, residual, rst
     return index, end_of_run
 
 
-@plain
-def _rows_backward(call, first, last):
+def rows_backward(pointer, first, last):
     """A unit is a group, its parts are stretches of memory."""
+    call = _behind(pointer)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    ahead = _ahead_of_stretch(x, axes) if stage == APPLY else _ahead_of_sums(x, axes)
     if stage == SUMS:
         for task in range(first, last):
-            s, p = _row_grads(call, task // parts, task % parts, parts, ahead)
+            s, p = _row_grads(call, task // parts, task % parts)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, p)
     elif stage == APPLY:
+        ahead = _ahead_of_stretch(x, axes)
         group, place, row, at = _find_stretch(axes, parts, first)
         index, end_of_run = _parameter(axes, at)
         for _ in range(first, last):
@@ -1153,7 +1167,7 @@ def _rows_backward(call, first, last):
             s = p = 0.0
             if given(call.sums) or not call.frozen:
                 for part in range(parts):
-                    ds, dp = _row_grads(call, group, part, parts, ahead)
+                    ds, dp = _row_grads(call, group, part)
                     s += ds
                     p += dp
             mean, residual, rstd = _saved(call, group)
@@ -1173,9 +1187,9 @@ def _rows_backward(call, first, last):
                     index, end_of_run = _parameter(axes, at)
 
 
-@plain
-def _rows_backward_params(call, first, last):
+def rows_backward_params(pointer, first, last):
     """A task is a block of `rows` rows: dx, and the block's share of dgamma and dbeta."""
+    call = _behind(pointer)
     dy, x, dx, gamma, sums = call.dy, call.x, call.dx, call.gamma, call.sums
     k0, r0, k1, r1, params, span = call.axes
     zero = real(x, 0.0)
@@ -1190,7 +1204,7 @@ def _rows_backward_params(call, first, last):
             for row in range(begin, min(begin + ROW_BLOCK, end)):
                 s = p = 0.0
                 for part in range(0 if call.frozen else call.parts):
-                    ds, dp = _row_grads(call, row, part, call.parts, 0)
+                    ds, dp = _row_grads(call, row, part)
                     s += ds
                     p += dp
                 mean, residual, rstd = _saved(call, row)
@@ -1601,11 +1615,11 @@ def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scal
             first = last
 
 
-@plain
-def _columns_forward(call, first, last):
+def columns_forward(pointer, first, last):
     """A unit is a slab of columns, or a window for APPLY; its parts are blocks of rows."""
+    call = _behind(pointer)
     x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
-    shift, sums, part_sums = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, PAIR)
+    shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIRS)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
@@ -1645,10 +1659,10 @@ def _columns_forward(call, first, last):
         else:
             for again in range(rounds):
                 _column_shift(call, unit, again == 1, mean, shift)
-                _column_sums(call, unit, 0, shift, sums, 0)
-                for i in range(1, parts):
-                    _column_sums(call, unit, i, shift, part_sums, 0)
-                    _add_pair(sums, part_sums, 0, columns)
+                for i in range(parts):
+                    _column_sums(call, unit, i, shift, sums, PAIR * min(i, 1))
+                    if i:
+                        _add_pair(sums, sums, PAIR, columns)
                 final = again == rounds - 1
                 _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
         if stage == MOMENTS:
@@ -1743,7 +1757,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
         _gather_pair(sums, to, many, columns)
         return
     for at in range(origin + row * stride, origin + end * stride, stride):
-        first = 0
+        first = np.int64(0)
         while first < columns:
             index, end_of_run = _parameter(axes, at + first)
             last = min(columns, end_of_run - at)
@@ -1896,11 +1910,11 @@ def _apply_column_grads(call, unit, row, end, begin, stop, factor, high, scale, 
             first = last
 
 
-@plain
-def _columns_backward(call, first, last):
+def columns_backward(pointer, first, last):
     """A unit is a slab of columns, its parts are blocks of rows."""
+    call = _behind(pointer)
     parts, stage, r0 = call.parts, call.stage, call.axes[1]
-    sums, part_sums = scratch(0.0, PAIR), scratch(0.0, PAIR)
+    sums = scratch(0.0, PAIRS)
     factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, slope, shift = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -1927,10 +1941,10 @@ def _columns_backward(call, first, last):
         elif stage == APPLY:
             _total(parts, call.partial, unit, columns, sums)
         else:
-            _column_grad_sums(call, unit, 0, factor, high, low, sums, 0)
-            for i in range(1, parts):
-                _column_grad_sums(call, unit, i, factor, high, low, part_sums, 0)
-                _add_pair(sums, part_sums, 0, columns)
+            for i in range(parts):
+                _column_grad_sums(call, unit, i, factor, high, low, sums, PAIR * min(i, 1))
+                if i:
+                    _add_pair(sums, sums, PAIR, columns)
         _fold_pair(sums, columns // step, step)
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
@@ -1938,7 +1952,7 @@ def _columns_backward(call, first, last):
             call, unit, lows, rstds, rstd, wide, count, sums, weight, s, p, high, scale, slope,
             shift, narrow
         )  # fmt: skip
-        begin = 0
+        begin = np.int64(0)  # a literal's type would be compiled for as well
         while begin < columns:
             stop = _same_type(wide, count, begin, columns, columns)
             if load(wide, begin) == 0.0:
@@ -1977,9 +1991,9 @@ def _column_param_sums(dy, x, first, count, mean, residual, rstd, group):
     return p, s
 
 
-@plain
-def _param_sums(call, first, last):
+def param_sums(pointer, first, last):
     """Sums of dy*xhat and dy over runs first..last that share a parameter: (runs, 2)."""
+    call = _behind(pointer)
     dy, x, axes = call.dy, call.x, call.axes
     k0, r0, k1, r1, params, span = axes
     for run in range(first, last):
@@ -2006,12 +2020,12 @@ def _param_sums(call, first, last):
         store(call.sums, 2 * run + 1, s)
 
 
-@plain
-def _slab_params(call, first, last):
+def slab_params(pointer, first, last):
     """dgamma and dbeta, summed over all elements with the same parameter, if those follow each
     other in memory: a task is a slab of parameters in one of `rows` shares of the data, (rows, 2,
     params).
     """
+    call = _behind(pointer)
     dy, x, axes, sums = call.dy, call.x, call.axes, call.sums
     k0, r0, k1, r1, params, span = axes
     dgamma, dbeta = scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -2051,36 +2065,6 @@ def _add_param_grads(dy, x, first, last, factor, high, rstd, lift, dgamma, dbeta
 
 
 # ----------------------------------------------------------------------------------------- compiled
-# One C function each, so that a pointer to it is all that the threads need: the same machine code
-# runs on one thread and on many.
-def rows_forward(call, first, last):
-    _rows_forward(_behind(call), first, last)
-
-
-def columns_forward(call, first, last):
-    _columns_forward(_behind(call), first, last)
-
-
-def rows_backward(call, first, last):
-    _rows_backward(_behind(call), first, last)
-
-
-def rows_backward_params(call, first, last):
-    _rows_backward_params(_behind(call), first, last)
-
-
-def columns_backward(call, first, last):
-    _columns_backward(_behind(call), first, last)
-
-
-def param_sums(call, first, last):
-    _param_sums(_behind(call), first, last)
-
-
-def slab_params(call, first, last):
-    _slab_params(_behind(call), first, last)
-
-
 @njit(nogil=True, cache=True)
 def enter(kernel, call, tasks):
     """Run all tasks of a kernel on this thread."""
@@ -2123,7 +2107,8 @@ class Compiled:
     def __init__(self, kernel: Any, kind: type, x: str, dy: str) -> None:
         fields = _fields(kind, x, dy)
         call = types.CPointer(types.NamedTuple(fields, kind))
-        self._function = cfunc(types.void(call, types.int64, types.int64), cache=True)(kernel)
+        signature = types.void(call, types.int64, types.int64)
+        self._function = cfunc(signature, cache=True, **_ERRORS)(kernel)
         self.address = self._function.address
         self._call = types.Tuple([Pointer() if isinstance(f, Pointer) else f for f in fields])
         self.run = _entry(enter, types.int64, self._call, types.int64)
