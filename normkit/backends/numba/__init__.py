@@ -18,6 +18,7 @@ from normkit.backends.numba.threads import Pool
 
 _PART = 1 << 16  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
+_FEW_PARTS, _PART_ROWS = 16, 1 << 12  #: of columns: their sums then are below 1 % of the data
 _SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
@@ -84,7 +85,8 @@ def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
     else:
         groups = k.SLAB // r1
         units, elements = k0 * -(-k1 // groups), r0 * min(k1 * r1, k.SLAB)
-    parts = max(1, min(_MOST_PARTS, 4 * (elements // _PART), elements if rows else r0))
+    most = elements if rows else min(r0, max(_FEW_PARTS, r0 // _PART_ROWS))
+    parts = max(1, min(_MOST_PARTS, 4 * (elements // _PART), most))
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
     stretches = units * (r0 if rows and r0 > 1 else parts)
@@ -386,7 +388,7 @@ class Numba(Backend):
                 found.append(step("sums", work.units * work.parts, "part"))
             found.append(step("statistics", work.units, unit))
             if scarce and work.real == np.float64 and options["center"]:
-                found *= 2  # about 0, then about the mean
+                found *= 2  # about an element, then about the mean
         if operation != "moments":
             found.append(step("result", work.windows, "piece"))
         return found
