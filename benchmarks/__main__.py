@@ -31,10 +31,12 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--filter", default="", help="words of a row's name or place; others after a comma"
+        "--filter", default="", help="words of a row's name or place; alternatives after a comma"
     )
     parser.add_argument("--quick", action="store_true", help="few rows and rounds: a minute")
-    parser.add_argument("--rounds", type=int, help="of everyone in turns (7; quick: 3)")
+    parser.add_argument(
+        "--rounds", type=int, help="of everyone in turns (7; quick: 3); a tie takes 4 times as many"
+    )
     parser.add_argument("--peers", help="only these, comma-separated; an empty word for none")
     parser.add_argument("--threads", type=int, default=processors(), help="of everyone (all)")
     parser.add_argument("--allocator", choices=("tuned", "default"), default="tuned")

@@ -168,11 +168,11 @@ def cases(device: str = "cpu") -> Iterator[Case]:
 
 
 def select(table: Iterator[Case], words: str, quick: bool = False) -> list[Case]:
-    """The rows that have all `words` before a comma, or all after it, in their name or place.
+    """Rows whose name or place has every word of one of the alternatives between commas.
 
     With `quick`, few of them.
     """
-    choices = [choice.split() for choice in words.split(",")]
+    choices = [choice.split() for choice in words.split(",") if choice.strip()] or [[]]
     rows = [
         c
         for c in table

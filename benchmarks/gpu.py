@@ -146,7 +146,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--filter", default="", help="words of a row's name or place; others after a comma"
+        "--filter", default="", help="words of a row's name or place; alternatives after a comma"
     )
     parser.add_argument("--plan", action="store_true", help="print the launches; needs no GPU")
     parser.add_argument("--smoke", action="store_true", help="what compute-sanitizer watches")

@@ -100,9 +100,9 @@ def _curves(panel: Any, run: Results, norm: str) -> None:
     rows = _curve(run["rows"], norm, "forward")
     copies = [(row["elements"], gigabytes(row, ceiling(row))) for row in rows]
     best = [
-        (row["elements"], gigabytes(row, row["us"][OURS] * ratio))
+        (row["elements"], gigabytes(row, min(row["us"][who] for who in row["ratio"])))
         for row in rows
-        if (ratio := speedup(row, "best"))
+        if row["ratio"]
     ]
     panel.plot(*_xy(copies), "--", color=COPY, label="copy")
     panel.plot(*_xy(best), color=PEER, label="best peer, forward")

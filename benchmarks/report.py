@@ -50,8 +50,8 @@ def peers(rows: Iterable[Row]) -> list[str]:
 
 def speedup(row: Row, who: str) -> float | None:
     """How many times as long a peer takes, the median of rounds; "best" is the fastest of them."""
-    ratios = row["ratio"] if who == "best" else {who: row["ratio"].get(who)}
-    return min((ratio["median"] for ratio in ratios.values() if ratio), default=None)
+    ratios: dict[str, float] = row["ratio"]
+    return min(ratios.values(), default=None) if who == "best" else ratios.get(who)
 
 
 def ceiling(row: Row) -> float:
@@ -106,7 +106,7 @@ def _peer(row: Row, who: str) -> str:
     if ratio is None:
         return "wrong" if row["absent"].get(who, "").startswith("wrong") else ""
     shown = f"[red]▼ {ratio:.2f}[/]" if ratio < 1 else f"[green]{ratio:.2f}[/]"
-    return f"{shown} ±{100 * row['ratio'][who]['spread']:.0f} [dim]{row['error'][who]:.0e}[/]"
+    return f"{shown} ±{100 * row['ratio spread'][who]:.0f} [dim]{row['error'][who]:.0e}[/]"
 
 
 def summary(results: Results) -> Table:
@@ -144,15 +144,15 @@ def _grouped(
 
 
 def worst(results: Results, count: int = 5) -> list[str]:
-    """The rows that lose most to any of the peers."""
-    lost = sorted(
-        (ratio["median"], ratio["spread"], who, row["case"])
+    """The rows that lose most to the best of the peers."""
+    best = [
+        min((ratio, row["ratio spread"][who], who, row["case"]) for who, ratio in found.items())
         for row in results["rows"]
-        for who, ratio in row["ratio"].items()
-        if ratio["median"] < 1
-    )
+        if (found := row["ratio"])
+    ]
+    lost = sorted(one for one in best if one[0] < 1)[:count]
     return [
-        f"{median:.2f} ± {spread:.2f} {who}: {name}" for median, spread, who, name in lost[:count]
+        f"{ratio:.2f} ±{100 * spread:.0f} %, {who}: {name}" for ratio, spread, who, name in lost
     ]
 
 

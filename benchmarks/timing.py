@@ -163,8 +163,9 @@ def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) ->
     runs = checked.runs | device.copies(case.bytes)
     times: Times = {who: [] for who in runs}
     in_turns(runs, device, rounds, times)
-    if any(doubtful(times, who) for who in peers if who in times):
+    if any(doubtful(times, who) for who in peers if who in times and not _long(times, who)):
         in_turns(runs, device, AGAIN * rounds, times)
+    beside = {who: ratios(times, who) for who in peers if who in times}
     return {
         "case": case.name,
         "where": case.where,
@@ -173,7 +174,8 @@ def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) ->
         "bytes": case.bytes,
         "us": {who: round(statistics.median(samples), 3) for who, samples in times.items()},
         "spread": {who: round(spread(samples), 4) for who, samples in times.items()},
-        "ratio": {who: _ratio(times, who) for who in peers if who in times},
+        "ratio": {who: round(statistics.median(found), 4) for who, found in beside.items()},
+        "ratio spread": {who: round(spread(found), 4) for who, found in beside.items()},
         "error": checked.errors,
         "absent": checked.absent,
     }
@@ -181,10 +183,15 @@ def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) ->
 
 def in_turns(runs: dict[str, Run], device: Device, rounds: int, times: Times) -> None:
     """Add samples of everyone, round by round; of who takes long, a few are enough."""
-    for _ in range(rounds):
-        for who, run in runs.items():
-            if len(times[who]) < FEW or min(times[who]) < LONG:
+    forth = list(runs.items())
+    for turn in range(rounds):
+        for who, run in reversed(forth) if turn % 2 else forth:  # nobody always after another
+            if len(times[who]) < FEW or not _long(times, who):
                 times[who].append(device.microseconds(run))
+
+
+def _long(times: Times, who: str) -> bool:
+    return min(times[who]) >= LONG
 
 
 def ratios(times: Times, who: str) -> list[float]:
@@ -193,14 +200,9 @@ def ratios(times: Times, who: str) -> list[float]:
 
 
 def doubtful(times: Times, who: str) -> bool:
-    """Whether either is faster in a quarter of the rounds."""
+    """Whether each of the two is faster in more than a quarter of the rounds."""
     low, _, high = statistics.quantiles(ratios(times, who), n=4, method="inclusive")
     return low < 1 < high
-
-
-def _ratio(times: Times, who: str) -> dict[str, float]:
-    found = ratios(times, who)
-    return {"median": round(statistics.median(found), 4), "spread": round(spread(found), 4)}
 
 
 def spread(samples: list[float]) -> float:

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ pytest.importorskip("rich", reason="benchmarks need rich: nothing of them was te
 from benchmarks import harness, report
 from benchmarks.cases import DIRECTIONS, EVERY, NORMS, Case, cases, function, inputs, select
 from benchmarks.peers import PEERS, Contestant, Peer, Unsupported
-from benchmarks.timing import OUT, TOLERANCE, Cpu, check, ratios, time_row
+from benchmarks.timing import LONG, OUT, TOLERANCE, Cpu, check, ratios, time_row
 
 FULL = os.environ.get("NORMKIT_FULL") == "1"
 SLOW = "torch.compile"  # seconds a case: NORMKIT_FULL=1
@@ -26,6 +27,8 @@ def small(case: Case) -> Case:
     groups = 2 if case.norm == "group_norm" else 1
     return replace(case, shape=(4, 6, 3, 5)[: len(case.shape)], groups=groups)
 
+
+RESULTS = sorted((Path(report.__file__).parent / "results").glob("*.json"))
 
 SMALL = {  # each once
     small(case): None
@@ -56,7 +59,8 @@ def results(**us: float) -> dict[str, Any]:
             "bytes": 8000,
             "us": {"normkit": time, "PyTorch": 10.0, "copy": 2.0, "copy, 1 thread": 1.0},
             "spread": {"normkit": 0.01},
-            "ratio": {"PyTorch": {"median": 10.0 / time, "spread": 0.01}},
+            "ratio": {"PyTorch": 10.0 / time},
+            "ratio spread": {"PyTorch": 0.2},
             "error": {"normkit": 1e-7, "PyTorch": 1e-7},
             "absent": {},
         }
@@ -94,6 +98,7 @@ def test_select_keeps_rows_with_all_words() -> None:
         "layer_norm bfloat16 NC",
         "rms_norm float32 NC",
     }
+    assert select(cases(), "tiny rms,") == select(cases(), "tiny rms")
     quick = select(cases(), "", quick=True)
     assert {c.norm for c in quick} == set(NORMS)
     assert {c.dtype for c in quick} == {"float32"}
@@ -181,38 +186,39 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 class Scripted(Still):
-    """A device on which the peer's calls take as long as it is told, all others 1 µs."""
-
-    def __init__(self, *theirs: float) -> None:
-        self.theirs, self.samples = cycle(theirs), 0
+    """A device on which a call takes as long as its result says, or 1 µs."""
 
     def microseconds(self, run: Any) -> float:
-        if run() is not PEERS_RESULT:
-            return 1.0
-        self.samples += 1
-        return next(self.theirs)
-
-
-PEERS_RESULT: list[Any] = []
+        found = run()
+        return next(found) if isinstance(found, cycle) else 1.0
 
 
 @pytest.mark.parametrize(
     ("theirs", "median", "rounds"),
-    [((1.1, 1.2), 1.15, 4), ((0.9,), 0.9, 4), ((1.2, 0.9), 1.05, 16)],
-    ids=["won", "lost", "in doubt"],
+    [
+        ((1.1, 1.2), 1.15, 4),
+        ((0.9,), 0.9, 4),
+        ((1.2, 0.9, 0.9, 1.2), 1.05, 16),
+        ((3 * LONG, LONG, 2 * LONG, 0.1), 2 * LONG, 4),
+    ],
+    ids=["won", "lost", "in doubt", "long"],
 )
 def test_a_row_that_nobody_clearly_wins_takes_more_rounds(
     theirs: tuple[float, ...], median: float, rounds: int
 ) -> None:
-    case, device = Case("layer_norm", (4, 6), "NC", "float32", "inference"), Scripted(*theirs)
+    case, taken = Case("layer_norm", (4, 6), "NC", "float32", "inference"), []
 
     def peer(case: Case, given: dict[str, Any]) -> Contestant:
-        y = function(case, given)()
-        return Contestant(lambda: PEERS_RESULT, lambda _: (y,))
+        y, times = function(case, given)(), cycle(theirs)
+        return Contestant(lambda: times, lambda _: (y,))
 
-    row = time_row(case, device, {"peer": peer}, 4)
-    assert row["ratio"]["peer"]["median"] == pytest.approx(median)
-    assert device.samples == rounds
+    def other(case: Case, given: dict[str, Any]) -> Contestant:
+        y = function(case, given)()
+        return Contestant(lambda: taken.append(0) or y, lambda _: (y,))
+
+    row = time_row(case, Scripted(), {"peer": peer, "other": other}, 4)
+    assert row["ratio"]["peer"] == pytest.approx(median)
+    assert len(taken) == rounds + 1  # and the check
 
 
 def test_a_run_is_written_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,12 +248,25 @@ def test_a_report_marks_losses(capsys: pytest.CaptureFixture[str]) -> None:
     made = results(won=5, lost=20)
     assert report.speedup(made["rows"][0], "best") == 2
     assert report.ceiling(made["rows"][0]) == 1
-    assert report.worst(made) == ["0.50 ± 0.01 PyTorch: lost"]
+    assert report.worst(made) == ["0.50 ±20 %, PyTorch: lost"]
     report.show(made)
     printed = capsys.readouterr().out
     assert "▼ 0.50" in printed
     assert "1.00  0.50 (1)" in printed  # geometric mean, least, losses
     assert "| won " in report.markdown(made)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_can_be_shown(
+    path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = report.read(path)
+    report.show(found)
+    assert found["rows"][-1]["case"] in capsys.readouterr().out
+    if find_spec("matplotlib"):
+        from benchmarks import plots
+
+        assert plots.draw([found], tmp_path / "drawn")
 
 
 def test_plots(tmp_path: Path) -> None:

@@ -338,25 +338,25 @@ _OPTIONS: dict[str, Any] = _ERRORS | {"no_cpython_wrapper": True, "no_cfunc_wrap
 reduction = njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True, **_OPTIONS)
 #: element by element, as written but for fused multiply-adds
 elementwise = njit(fastmath={"contract"}, forceinline=True, **_OPTIONS)
-#: bookkeeping around the loops, for every group
-inline = njit(forceinline=True, **_OPTIONS)
+#: bookkeeping around the loops, for every group (unsaid, options would be the caller's)
+inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 #: and what is rare or large
-plain = njit(**_OPTIONS)
+plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
 FEW = 4  #: products of halves, an even number, that float32 adds up for a float64 sum
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
-PIECE = 8  #: cache lines that are asked for together: the processor waits for few at a time
-LEAD = 32  #: cache lines that what is met once is asked for ahead
+PIECE = 8  #: cache lines that are prefetched together: a core waits for few at a time
+LEAD = 32  #: cache lines ahead that data read once are prefetched
 AHEAD = 2  #: rows of columns that they are fetched ahead
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
 SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 SLAB = 256  #: columns that one task of the columns family sums side by side
 TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
-PAIRS = 2 * PAIR  #: those of all parts so far, then of one
+PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
 ROW_LIMIT = 4096  #: longest row whose parameter gradients are summed on the stack
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
@@ -438,39 +438,38 @@ def _by_column(axes):
 
 
 # Memory is slow to answer, and the processor asks ahead only where it recognises a pattern: not for
-# what is written, and not over the border of a page. Kernels ask themselves where data are many.
+# what is written, and not over the border of a page. Kernels prefetch where data are many.
 @inline
-def _ahead(x, axes):
-    """How far ahead of their use elements are asked for: one stretch, or a chunk; 0 for not."""
+def _far(x, axes):
+    """Whether data are too many to be in the cache."""
     k0, r0, k1, r1, params, span = axes
-    if k0 * r0 * k1 * r1 < FAR * per_line(x):
-        return 0
-    return min(r1, CHUNK) if r0 == 1 or r1 > CHUNK else k1 * r1
-
-
-@inline
-def _ahead_of_sums(x, axes):
-    """The same where all of a group is read before it is written to: only the short stretches."""
-    k0, r0, k1, r1, params, span = axes
-    return _ahead(x, axes) if r0 > 1 and r1 <= LONG * per_line(x) else 0
-
-
-@inline
-def _ahead_of_result(x, axes):
-    """The same where the sums have read a group: for the next one's, if it is small and float32.
-
-    Halves keep the arithmetic busy instead.
-    """
-    k0, r0, k1, r1, params, span = axes
-    if r0 * r1 > STAYS:
-        return _ahead_of_sums(x, axes)
-    return r1 if r0 == 1 and significand(x) == 24 and _ahead(x, axes) else 0
+    return k0 * r0 * k1 * r1 >= FAR * per_line(x)
 
 
 @inline
 def _ahead_of_stretch(x, axes):
-    """The same where every element is met once."""
-    return min(_ahead(x, axes), LEAD * per_line(x))
+    """Prefetch distance, in elements, where every element is read once; 0 for none."""
+    k0, r0, k1, r1, params, span = axes
+    return min(k1 * r1, LEAD * per_line(x)) if _far(x, axes) else 0
+
+
+@inline
+def _ahead_of_sums(x, axes):
+    """Prefetch distance of sums: to the next stretch, if those are short."""
+    k0, r0, k1, r1, params, span = axes
+    return k1 * r1 if r0 > 1 and r1 <= LONG * per_line(x) and _far(x, axes) else 0
+
+
+@inline
+def _ahead_of_result(x, axes):
+    """Prefetch distance of what is written after a group's sums: to the next, if it is small.
+
+    For float32 only: the arithmetic of the others takes longer than memory.
+    """
+    k0, r0, k1, r1, params, span = axes
+    if r0 * r1 > STAYS:
+        return _ahead_of_sums(x, axes)
+    return r1 if r0 == 1 and significand(x) == 24 and _far(x, axes) else 0
 
 
 @inline
@@ -576,6 +575,7 @@ def _part_sums(call, group, part, shift, before, after):
 
 @inline
 def _group_sums(call, group, shift, before, after):
+    """`_sums` of a whole group."""
     s = q = 0.0
     for part in range(call.parts):
         ds, dq = _part_sums(call, group, part, shift, before, after)
@@ -1310,7 +1310,7 @@ def _column_sums(call, unit, part, shift, sums, to):
     _, _, _, columns, origin = _slab(call.axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
     stride, many = k1 * r1, _side_by_side(call.axes, columns)
-    ahead = _ahead(call.x, call.axes)
+    ahead = _far(call.x, call.axes)
     _clear_pair(sums, to, many * columns)
     while row + 8 * many <= end:  # 8 at once: the sums are read and written less often
         at = origin + row * stride
@@ -1584,7 +1584,7 @@ def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scal
     x, y, axes = call.x, call.y, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = slab
-    folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _ahead(x, axes) else 0
+    folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _far(x, axes) else 0
     if folded and begin == 0:
         many = _side_by_side(axes, stop)
         while row + many <= end:
@@ -1736,7 +1736,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     _, _, _, columns, origin = _slab(axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
     stride, many = k1 * r1, _side_by_side(axes, columns)
-    ahead = _ahead(x, axes)
+    ahead = _far(x, axes)
     _clear_pair(sums, to, many * columns)
     if _by_column(axes):
         while row + 4 * many <= end:
@@ -1757,7 +1757,9 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
         _gather_pair(sums, to, many, columns)
         return
     for at in range(origin + row * stride, origin + end * stride, stride):
-        first = np.int64(0)
+        first = np.int64(
+            0
+        )  # typed: what a literal 0 is given to would be compiled for that as well
         while first < columns:
             index, end_of_run = _parameter(axes, at + first)
             last = min(columns, end_of_run - at)
@@ -1875,7 +1877,7 @@ def _apply_column_grads(call, unit, row, end, begin, stop, factor, high, scale, 
     dy, x, dx, axes = call.dy, call.x, call.dx, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = _slab(axes, unit)
-    folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _ahead(x, axes) else 0
+    folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _far(x, axes) else 0
     if folded and begin == 0:
         many = _side_by_side(axes, stop)
         while row + many <= end:
@@ -1952,7 +1954,7 @@ def columns_backward(pointer, first, last):
             call, unit, lows, rstds, rstd, wide, count, sums, weight, s, p, high, scale, slope,
             shift, narrow
         )  # fmt: skip
-        begin = np.int64(0)  # a literal's type would be compiled for as well
+        begin = np.int64(0)
         while begin < columns:
             stop = _same_type(wide, count, begin, columns, columns)
             if load(wide, begin) == 0.0:
