@@ -82,7 +82,7 @@ class Gpu:
 
 def plan(case: Case) -> str:
     """How the forward pass of a case would be launched."""
-    axes = _axes(case)
+    axes = axes_of(case)
     tile = planner.tile(axes, np.dtype(case.dtype).itemsize, True)
     lanes, slots = tile.geometry.lanes, tile.geometry.slots
     team = f"block of {tile.threads}" if tile.wide else f"{lanes} lanes"
@@ -90,7 +90,8 @@ def plan(case: Case) -> str:
     return f"{case.problem:50} {tuple(axes)!s:38} {tile.walk:8} {team:12} {slots:3} vectors  {read}"
 
 
-def _axes(case: Case) -> Axes:
+def axes_of(case: Case) -> Axes:
+    """How the kernels see the case."""
     import normkit as nk
 
     memory = (case.shape[0], *case.shape[2:], case.channels)

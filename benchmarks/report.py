@@ -35,10 +35,12 @@ def read(path: Path) -> Results:
 
 
 def write(path: Path, results: Results) -> None:
-    """All at once, so that a run which is cut short leaves a whole file."""
+    """A line a row; all at once, so that a run which is cut short leaves a whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
+    rows = ",\n".join(json.dumps(row) for row in results["rows"])
+    rest = json.dumps(results | {"rows": []}, indent=1)
+    part.write_text(rest.replace('"rows": []', f'"rows": [\n{rows}\n]') + "\n")
     part.replace(path)
 
 

@@ -163,9 +163,10 @@ def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) ->
     runs = checked.runs | device.copies(case.bytes)
     times: Times = {who: [] for who in runs}
     in_turns(runs, device, rounds, times)
-    if any(doubtful(times, who) for who in peers if who in times and not _long(times, who)):
+    timed = [who for who in peers if who in times]
+    if any(doubtful(times, who) for who in timed if not _long(times, who)):
         in_turns(runs, device, AGAIN * rounds, times)
-    beside = {who: ratios(times, who) for who in peers if who in times}
+    beside = {who: ratios(times, who) for who in timed}
     return {
         "case": case.name,
         "where": case.where,

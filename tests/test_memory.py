@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("rich", reason="the shapes are the benchmarks', which need rich")
 
 from benchmarks.cases import Case, cases, function, inputs, select
+from benchmarks.gpu import axes_of
 
 LARGE = [
     case
@@ -25,13 +26,5 @@ def test_a_large_forward_takes_no_memory_but_its_result_and_statistics(case: Cas
     y = run()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    statistics = 4 * _groups(case) * np.dtype("float64").itemsize
+    statistics = 4 * axes_of(case).groups * np.dtype("float64").itemsize
     assert peak <= 1.01 * y.nbytes + statistics
-
-
-def _groups(case: Case) -> int:
-    """How many mean values a case has."""
-    per_sample = {"instance_norm": case.channels, "group_norm": case.groups}
-    if case.norm in ("batch_norm", "batch_renorm"):
-        return case.channels
-    return case.shape[0] * per_sample.get(case.norm, 1)
