@@ -586,7 +586,7 @@ def _group_sums(call, group, shift, before, after):
 
 @inline
 def _sums_of_parts(call, group):
-    """The same, of parts that were summed before."""
+    """Both sums of a group, or of its gradients, whose parts were summed before."""
     s = q = 0.0
     for part in range(group * call.parts, (group + 1) * call.parts):
         s += load(call.partial, 2 * part)
@@ -1150,9 +1150,8 @@ def rows_backward(pointer, first, last):
         index, end_of_run = _parameter(axes, at)
         for _ in range(first, last):
             s = p = 0.0
-            for i in range(0 if call.frozen else parts):
-                s += load(call.partial, 2 * (group * parts + i))
-                p += load(call.partial, 2 * (group * parts + i) + 1)
+            if not call.frozen:
+                s, p = _sums_of_parts(call, group)
             mean, residual, rstd = _saved(call, group)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_grad_stretch(
@@ -1757,9 +1756,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
         _gather_pair(sums, to, many, columns)
         return
     for at in range(origin + row * stride, origin + end * stride, stride):
-        first = np.int64(
-            0
-        )  # typed: what a literal 0 is given to would be compiled for that as well
+        first = np.int64(0)  # for a literal, what it is given to would be compiled once more
         while first < columns:
             index, end_of_run = _parameter(axes, at + first)
             last = min(columns, end_of_run - at)
