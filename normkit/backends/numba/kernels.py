@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_name
 from numba import cfunc, njit, prange, types
 from numba.core import cgutils
 from numba.extending import NativeValue, intrinsic, models, register_model, unbox
@@ -183,20 +184,97 @@ def per_line(typing: Any, pointer: Any) -> Any:
     return types.int64(pointer), generate
 
 
+def _prefetch(far: bool) -> Any:
+    def ask(typing: Any, pointer: Any, index: Any) -> Any:
+        """Ask for the cache line of element `index`, to be written to if it is an output's."""
+        numbers = int(pointer.role == "out"), 2 if far else 3, 1  # to write, how near, data
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            word = ir.IntType(32)
+            place = builder.bitcast(_element(builder, signature.args[0], *args), _BYTE)
+            kind = ir.FunctionType(ir.VoidType(), [_BYTE, word, word, word])
+            prefetch = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE], kind)
+            builder.call(prefetch, [place, *(ir.Constant(word, number) for number in numbers)])
+            return context.get_dummy_value()
+
+        return types.void(pointer, types.int64), generate
+
+    return intrinsic(ask)
+
+
+fetch = _prefetch(far=False)  #: into the first cache: for what is used at once
+fetch_early = _prefetch(far=True)  #: into the second, which holds what is used some KB later
+
+
 @intrinsic
-def fetch(typing: Any, pointer: Any, index: Any) -> Any:
-    """Ask for the cache line of element `index`, to be written to if it is an output's."""
+def past_line(typing: Any, pointer: Any, index: Any) -> Any:
+    """Elements from the beginning of a cache line to element `index`."""
+    size = np.dtype(pointer.element.replace("bfloat16", "float16")).itemsize
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(32)
-        place = builder.bitcast(_element(builder, signature.args[0], *args), _BYTE)
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE, word, word, word])
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE], kind)
-        numbers = (int(signature.args[0].role == "out"), 3, 1)  # to write, to the nearest, data
-        builder.call(ask, [place, *(ir.Constant(word, number) for number in numbers)])
+        word = ir.IntType(64)
+        place = builder.ptrtoint(_element(builder, signature.args[0], *args), word)
+        past = builder.and_(place, ir.Constant(word, 63))
+        return builder.udiv(past, ir.Constant(word, size))
+
+    return types.int64(pointer, types.int64), generate
+
+
+@intrinsic
+def aside(typing: Any, pointer: Any, index: Any, buffer: Any, wanted: Any) -> Any:
+    """`pointer`, or if `wanted` one whose element `index` is the first of `buffer`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, index, buffer, wanted = args
+        other = _element(builder, signature.args[0], buffer, builder.neg(index))
+        return builder.select(wanted, builder.bitcast(other, _BYTE), pointer)
+
+    return pointer(pointer, types.int64, buffer, types.boolean), generate
+
+
+@intrinsic
+def stream(typing: Any, pointer: Any, first: Any, last: Any, buffer: Any) -> Any:
+    """Write `buffer` to elements first..last; whole cache lines of theirs past all caches."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, (pointer, first, last, buffer) = signature.args[0], args
+        word, line = ir.IntType(64), ir.VectorType(ir.IntType(32), 16).as_pointer()
+        begin, end = (_element(builder, kind, pointer, index) for index in (first, last))
+        begin, end = (builder.ptrtoint(place, word) for place in (begin, end))
+        mask = ir.Constant(word, -64)
+        inner = builder.and_(builder.add(begin, ir.Constant(word, 63)), mask)
+        inner = builder.select(builder.icmp_unsigned("<", inner, end), inner, end)
+        outer = builder.and_(end, mask)
+        outer = builder.select(builder.icmp_unsigned(">", outer, inner), outer, inner)
+
+        def source(place: Any) -> Any:
+            return builder.gep(buffer, [builder.sub(place, begin)])
+
+        def copy(low: Any, high: Any) -> None:
+            target = builder.inttoptr(low, _BYTE)
+            cgutils.raw_memcpy(builder, target, source(low), builder.sub(high, low), 1)
+
+        copy(begin, inner)
+        one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        with cgutils.for_range_slice(builder, inner, outer, ir.Constant(word, 64)) as (place, _):
+            value = builder.load(builder.bitcast(source(place), line), align=4)
+            done = builder.store(value, builder.inttoptr(place, line), align=64)
+            done.set_metadata("nontemporal", one)
+        copy(outer, end)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64), generate
+    return types.void(pointer, types.int64, types.int64, buffer), generate
+
+
+@intrinsic
+def settle(typing: Any) -> Any:
+    """Wait until all that was streamed is in memory."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _round_to_bfloat16(builder: Any, value: Any) -> Any:
@@ -349,9 +427,15 @@ NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 PIECE = 8  #: cache lines that are prefetched together: a core waits for few at a time
+STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
+STREAMED = 1 << 18  #: cache lines of a result, from which on it would not stay in the caches
 LEAD = 32  #: cache lines ahead that data read once are prefetched
 AHEAD = 2  #: rows of columns that they are fetched ahead
+LEAD_ROWS = 16  #: the same where they are summed, STRIP columns of several rows at once
+STRIP = 64
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
+BUFFERED = 32  #: cache lines that are streamed together
+BUFFER = 8 * BUFFERED  #: words of 8 bytes in them
 SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 SLAB = 256  #: columns that one task of the columns family sums side by side
 TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
@@ -480,6 +564,34 @@ def _fetch(pointer, first, last):
         first += per_line(pointer)
 
 
+@inline
+def _fetch_early(pointer, first, last):
+    """Ask for elements first..last, long before they are used."""
+    while first < last:
+        fetch_early(pointer, first)
+        first += per_line(pointer)
+
+
+# What is written past the caches need not be read first, a third of the traffic. It pays where the
+# result would not stay in them, and on AMD's processors; Intel's do better by asking ahead.
+@inline
+def _streams(x, axes):
+    """Whether to write the result past the caches, by way of a buffer."""
+    k0, r0, k1, r1, params, span = axes
+    run = r0 * k1 * r1 if r1 < SHORT else r1 if span == 1 else min(r1, span)
+    many = k0 * r0 * k1 * r1 >= STREAMED * per_line(x)
+    return STREAMS and many and run >= LONG * per_line(x)
+
+
+@inline
+def _end_of_lines(y, first, last):
+    """Where to cut elements first..last, so that what is streamed are whole cache lines."""
+    size, past = per_line(y), past_line(y, first)
+    if past or last - first < size:
+        return min(last, first + size - past)
+    return first + min(BUFFERED, (last - first) // size) * size
+
+
 # A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
 # divide: that takes as long as a hundred elements.
 @inline
@@ -555,7 +667,7 @@ def _part_sums(call, group, part, shift, before, after):
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
     ahead = _ahead_of_sums(x, axes)
-    writes = given(y) and r0 * r1 <= STAYS
+    writes = given(y) and r0 * r1 <= STAYS and not _streams(x, axes)
     s = q = 0.0
     for _ in range(count):
         first, last = origin + at, origin + min(at + CHUNK, r1)
@@ -823,38 +935,44 @@ def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index
 
 
 @inline
-def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ahead):
+def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ahead, buffer):
     """y of elements first..end, of one group and side by side; `_parameter` of the next."""
     x, y, gamma, beta, axes = call.x, call.y, call.gamma, call.beta, call.axes
     span = axes[5]
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
-    wide = is_float64(x) or _extreme(rstd)
+    wide, streams = is_float64(x) or _extreme(rstd), _streams(x, axes)
     while first < end:
         last = min(end, end_of_run)
-        if ahead:
+        if streams:
+            last = _end_of_lines(y, first, last)
+        elif ahead:
             last = min(last, first + PIECE * per_line(x))
             _fetch(x, first + ahead, last + ahead)
             _fetch(y, first + ahead, last + ahead)
+        lines = streams and last - first >= per_line(y)
+        target = aside(y, first, buffer, lines)
         if span == 1:
             if wide:
                 _apply_many(
-                    x, y, first, last, factor, high, scaled, -low * scaled, gamma, beta, index
+                    x, target, first, last, factor, high, scaled, -low * scaled, gamma, beta, index
                 )
             else:
                 _apply_many(
-                    x, y, first, last, None, np.float32(high), np.float32(scaled),
+                    x, target, first, last, None, np.float32(high), np.float32(scaled),
                     np.float32(-low * scaled), gamma, beta, index,
                 )  # fmt: skip
         else:
             scale = scaled * load(gamma, index)
             shift = load(beta, index) - low * scale
             if wide or _unsafe(scale):
-                _apply_one(x, y, first, last, factor, high, scale, shift)
+                _apply_one(x, target, first, last, factor, high, scale, shift)
             else:
                 _apply_one(
-                    x, y, first, last, None, np.float32(high), np.float32(scale),
+                    x, target, first, last, None, np.float32(high), np.float32(scale),
                     np.float32(shift),
                 )  # fmt: skip
+        if lines:
+            stream(y, first, last, buffer)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
@@ -873,7 +991,7 @@ def rows_forward(pointer, first, last):
     call = _behind(pointer)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIR)
+    shift, sums, buffer = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, BUFFER)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     rounds = 2 if is_float64(x) and call.center else 1
@@ -898,7 +1016,9 @@ def rows_forward(pointer, first, last):
             i = group - begin
             m, e, r = load(mean, i), load(residual, i), load(rstd, i)
             end = _end_of_stretch(axes, parts, group, place, at)
-            index, end_of_run = _apply_stretch(call, at, end, index, end_of_run, m, e, r, ahead)
+            index, end_of_run = _apply_stretch(
+                call, at, end, index, end_of_run, m, e, r, ahead, buffer
+            )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
     else:
@@ -930,7 +1050,9 @@ def rows_forward(pointer, first, last):
                 if r0 > 1:
                     index, end_of_run = _parameter(axes, at)
                 for _ in range(r0):
-                    found = _apply_stretch(call, at, at + r1, index, end_of_run, m, e, r, later)
+                    found = _apply_stretch(
+                        call, at, at + r1, index, end_of_run, m, e, r, later, buffer
+                    )
                     at += k1 * r1
                     if r0 == 1:  # the next group's elements are the next in memory
                         index, end_of_run = found
@@ -1047,7 +1169,7 @@ def _row_grads(call, group, part):
     fixed = r0 == 1 or _by_column(call.axes)
     first_of_row = index if at == 0 else _parameter(call.axes, origin)[0]
     ahead = _ahead_of_sums(x, call.axes)
-    writes = r0 * r1 <= STAYS
+    writes = r0 * r1 <= STAYS and not _streams(x, call.axes)
     s = p = 0.0
     for _ in range(count):
         first = origin + at + inside
@@ -1098,37 +1220,45 @@ def _line(call, s, p, low, rstd):
 
 
 @inline
-def _apply_grad_stretch(call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead):
+def _apply_grad_stretch(
+    call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead, buffer
+):
     """dx of elements first..end, of one group and side by side; `_parameter` of the next."""
     dy, x, dx, gamma, axes = call.dy, call.x, call.dx, call.gamma, call.axes
     span = axes[5]
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     slope, shift = _line(call, s, p, low, scaled)
-    wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
+    wide, streams = is_float64(x) or _extreme(rstd) or _unsafe(slope), _streams(x, axes)
     while first < end:
         last = min(end, end_of_run)
-        if ahead:
+        if streams:
+            last = _end_of_lines(dx, first, last)
+        elif ahead:
             last = min(last, first + PIECE * per_line(x))
             _fetch(dy, first + ahead, last + ahead)
             _fetch(x, first + ahead, last + ahead)
             _fetch(dx, first + ahead, last + ahead)
+        lines = streams and last - first >= per_line(dx)
+        target = aside(dx, first, buffer, lines)
         if span == 1:
             if wide:
-                _dx_many(dy, x, dx, first, last, factor, high, scaled, slope, shift, gamma, index)
+                _dx_many(dy, x, target, first, last, factor, high, scaled, slope, shift, gamma, index)
             else:
                 _dx_many(
-                    dy, x, dx, first, last, None, np.float32(high),
+                    dy, x, target, first, last, None, np.float32(high),
                     np.float32(scaled), np.float32(slope), np.float32(shift), gamma, index,
                 )  # fmt: skip
         else:
             scale = scaled * load(gamma, index)
             if wide or _unsafe(scale):
-                _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift)
+                _dx_one(dy, x, target, first, last, factor, high, scale, slope, shift)
             else:
                 _dx_one(
-                    dy, x, dx, first, last, None, np.float32(high),
+                    dy, x, target, first, last, None, np.float32(high),
                     np.float32(scale), np.float32(slope), np.float32(shift),
                 )  # fmt: skip
+        if lines:
+            stream(dx, first, last, buffer)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
@@ -1139,6 +1269,7 @@ def rows_backward(pointer, first, last):
     call = _behind(pointer)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
+    buffer = scratch(0.0, BUFFER)
     if stage == SUMS:
         for task in range(first, last):
             s, p = _row_grads(call, task // parts, task % parts)
@@ -1155,7 +1286,7 @@ def rows_backward(pointer, first, last):
             mean, residual, rstd = _saved(call, group)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_grad_stretch(
-                call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead
+                call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead, buffer
             )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
@@ -1175,8 +1306,9 @@ def rows_backward(pointer, first, last):
                 index, end_of_run = _parameter(axes, at)
             for _ in range(r0):
                 found = _apply_grad_stretch(
-                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later
-                )
+                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later,
+                    buffer
+                )  # fmt: skip
                 at += k1 * r1
                 if r0 == 1:  # the next group's elements are the next in memory
                     index, end_of_run = found
@@ -1289,9 +1421,9 @@ def _side_by_side(axes, columns):
 
 
 @elementwise
-def _sum_columns(x, at, stride, rows, columns, shift, sums, to):
+def _sum_columns(x, at, stride, rows, first, last, shift, sums, to):
     """Add those of `rows` rows to the columns' sums of x - shift, and of its square."""
-    for j in range(columns):
+    for j in range(first, last):
         k = load(shift, j) if is_float64(x) else 0.0
         s = q = 0.0
         for row in range(rows):
@@ -1311,26 +1443,37 @@ def _column_sums(call, unit, part, shift, sums, to):
     stride, many = k1 * r1, _side_by_side(call.axes, columns)
     ahead = _far(call.x, call.axes)
     _clear_pair(sums, to, many * columns)
+    wide = many * columns
+    strip = STRIP if ahead else wide
     while row + 8 * many <= end:  # 8 at once: the sums are read and written less often
         at = origin + row * stride
-        if ahead:
-            _fetch_rows(call.x, at + 8 * many * stride, many * stride, 8, many * columns)
-        _sum_columns(call.x, at, many * stride, 8, many * columns, shift, sums, to)
+        for first in range(0, wide, strip):
+            if ahead:
+                _fetch_share(call.x, at, many * stride, 8, wide, first)
+            last = min(first + strip, wide)
+            _sum_columns(call.x, at, many * stride, 8, first, last, shift, sums, to)
         row += 8 * many
+    zero = np.int64(0)  # for a literal, what it is given to would be compiled once more
     while row + 8 <= end:
-        _sum_columns(call.x, origin + row * stride, stride, 8, columns, shift, sums, to)
+        _sum_columns(call.x, origin + row * stride, stride, 8, zero, columns, shift, sums, to)
         row += 8
     while row < end:
-        _sum_columns(call.x, origin + row * stride, stride, 1, columns, shift, sums, to)
+        _sum_columns(call.x, origin + row * stride, stride, 1, zero, columns, shift, sums, to)
         row += 1
     _gather_pair(sums, to, many, columns)
 
 
 @inline
-def _fetch_rows(pointer, at, stride, rows, columns):
-    """Ask for columns of several rows."""
-    for row in range(rows):
-        _fetch(pointer, at + row * stride, at + row * stride + columns)
+def _fetch_share(pointer, at, stride, rows, columns, first):
+    """Before columns first.. of `rows` rows are summed, ask for a share of those LEAD_ROWS ahead.
+
+    Row by row: lines that follow each other in memory arrive twice as fast as those of a strip.
+    """
+    share = (rows * STRIP + columns - 1) // columns
+    row = LEAD_ROWS + first // STRIP * share
+    for _ in range(share):
+        _fetch_early(pointer, at + row * stride, at + row * stride + columns)
+        row += 1
 
 
 @inline
@@ -1578,21 +1721,29 @@ def _apply_columns_many(x, y, at, first, last, factor, high, scale, shift, gamma
 
 
 @plain
-def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, shift):
+def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, shift, buffer):
     """y of rows row..end, columns begin..stop of a slab; in float32 if there is no `factor`."""
     x, y, axes = call.x, call.y, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = slab
     folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _far(x, axes) else 0
+    streams = folded and _streams(x, axes)
     if folded and begin == 0:
         many = _side_by_side(axes, stop)
         while row + many <= end:
             at = origin + row * k1 * r1
-            if ahead:
+            if ahead and not streams:
                 _fetch(x, at + many * ahead, at + many * (ahead + stop))
                 _fetch(y, at + many * ahead, at + many * (ahead + stop))
-            _apply_columns(x, y, at, 0, many * stop, factor, high, scale, shift)
-            row += many
+            target, wide, last = aside(y, at, buffer, streams), many * stop, row + many
+            if streams and stop == k1 * r1:
+                last = min(end, row + BUFFERED * per_line(y) // wide * many)
+            while row + many <= last:
+                now = origin + row * k1 * r1
+                _apply_columns(x, target, now, 0, wide, factor, high, scale, shift)
+                row += many
+            if streams:
+                stream(y, at, now + wide, buffer)
     for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
         if ahead:
             _fetch(x, at + begin + ahead, at + stop + ahead)
@@ -1621,7 +1772,7 @@ def columns_forward(pointer, first, last):
     shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIRS)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    factor, high, buffer = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, BUFFER)
     scale, lift = scratch(0.0, TABLE), scratch(0.0, TABLE)
     low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     one = np.float32(1.0)
@@ -1678,9 +1829,11 @@ def columns_forward(pointer, first, last):
         while begin < last_column:
             stop = _same_type(wide, count, begin, columns, last_column)
             if count == 0 or load(wide, begin) == 0.0:
-                _apply_rows_of_columns(call, slab, row, end, begin, stop, None, *narrow)
+                _apply_rows_of_columns(call, slab, row, end, begin, stop, None, *narrow, buffer)
             else:
-                _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, lift)
+                _apply_rows_of_columns(
+                    call, slab, row, end, begin, stop, factor, high, scale, lift, buffer
+                )
             begin = stop
 
 
@@ -1694,9 +1847,9 @@ def _centred_column(x, i, factor, high, low, j):
 
 
 @elementwise
-def _sum_column_grads(dy, x, at, stride, rows, columns, factor, high, low, sums, to):
+def _sum_column_grads(dy, x, at, stride, rows, first, last, factor, high, low, sums, to):
     """Add those of `rows` rows to the columns' sums of dy and of dy*(x - mean)*factor."""
-    for j in range(columns):
+    for j in range(first, last):
         s = p = 0.0
         for row in range(rows):
             g = np.float64(load(dy, at + row * stride + j))
@@ -1737,26 +1890,32 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     stride, many = k1 * r1, _side_by_side(axes, columns)
     ahead = _far(x, axes)
     _clear_pair(sums, to, many * columns)
+    wide, zero = many * columns, np.int64(0)  # for a literal, all would be compiled once more
+    strip = STRIP if ahead else wide
     if _by_column(axes):
         while row + 4 * many <= end:
-            at, wide = origin + row * stride, many * columns
-            if ahead:
-                _fetch_rows(dy, at + 4 * many * stride, many * stride, 4, wide)
-                _fetch_rows(x, at + 4 * many * stride, many * stride, 4, wide)
-            _sum_column_grads(dy, x, at, many * stride, 4, wide, factor, high, low, sums, to)
+            at = origin + row * stride
+            for first in range(0, wide, strip):
+                if ahead:
+                    _fetch_share(dy, at, many * stride, 4, wide, first)
+                    _fetch_share(x, at, many * stride, 4, wide, first)
+                last = min(first + strip, wide)
+                _sum_column_grads(
+                    dy, x, at, many * stride, 4, first, last, factor, high, low, sums, to
+                )
             row += 4 * many
         while row + 4 <= end:
             at = origin + row * stride
-            _sum_column_grads(dy, x, at, stride, 4, columns, factor, high, low, sums, to)
+            _sum_column_grads(dy, x, at, stride, 4, zero, columns, factor, high, low, sums, to)
             row += 4
         while row < end:
             at = origin + row * stride
-            _sum_column_grads(dy, x, at, stride, 1, columns, factor, high, low, sums, to)
+            _sum_column_grads(dy, x, at, stride, 1, zero, columns, factor, high, low, sums, to)
             row += 1
         _gather_pair(sums, to, many, columns)
         return
     for at in range(origin + row * stride, origin + end * stride, stride):
-        first = np.int64(0)  # for a literal, what it is given to would be compiled once more
+        first = zero
         while first < columns:
             index, end_of_run = _parameter(axes, at + first)
             last = min(columns, end_of_run - at)
@@ -1869,22 +2028,32 @@ def _dx_columns_many(dy, x, dx, at, first, last, factor, high, scale, slope, shi
 
 
 @plain
-def _apply_column_grads(call, unit, row, end, begin, stop, factor, high, scale, slope, shift):
+def _apply_column_grads(
+    call, unit, row, end, begin, stop, factor, high, scale, slope, shift, buffer
+):
     """dx of rows row..end, columns begin..stop of a slab; in float32 if there is no `factor`."""
     dy, x, dx, axes = call.dy, call.x, call.dx, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = _slab(axes, unit)
     folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _far(x, axes) else 0
+    streams = folded and _streams(x, axes)
     if folded and begin == 0:
         many = _side_by_side(axes, stop)
         while row + many <= end:
             at = origin + row * k1 * r1
-            if ahead:
+            if ahead and not streams:
                 _fetch(dy, at + many * ahead, at + many * (ahead + stop))
                 _fetch(x, at + many * ahead, at + many * (ahead + stop))
                 _fetch(dx, at + many * ahead, at + many * (ahead + stop))
-            _dx_columns(dy, x, dx, at, 0, many * stop, factor, high, scale, slope, shift)
-            row += many
+            target, wide, last = aside(dx, at, buffer, streams), many * stop, row + many
+            if streams and stop == k1 * r1:
+                last = min(end, row + BUFFERED * per_line(dx) // wide * many)
+            while row + many <= last:
+                now = origin + row * k1 * r1
+                _dx_columns(dy, x, target, now, 0, wide, factor, high, scale, slope, shift)
+                row += many
+            if streams:
+                stream(dx, at, now + wide, buffer)
     for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
         if ahead:
             _fetch(dy, at + begin + ahead, at + stop + ahead)
@@ -1914,7 +2083,7 @@ def columns_backward(pointer, first, last):
     call = _behind(pointer)
     parts, stage, r0 = call.parts, call.stage, call.axes[1]
     sums = scratch(0.0, PAIRS)
-    factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    factor, high, buffer = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, BUFFER)
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, slope, shift = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     weight, s, p = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -1955,10 +2124,10 @@ def columns_backward(pointer, first, last):
         while begin < columns:
             stop = _same_type(wide, count, begin, columns, columns)
             if load(wide, begin) == 0.0:
-                _apply_column_grads(call, unit, row, end, begin, stop, None, *narrow)
+                _apply_column_grads(call, unit, row, end, begin, stop, None, *narrow, buffer)
             else:
                 _apply_column_grads(
-                    call, unit, row, end, begin, stop, factor, high, scale, slope, shift
+                    call, unit, row, end, begin, stop, factor, high, scale, slope, shift, buffer
                 )
             begin = stop
 
@@ -2074,6 +2243,7 @@ def enter(kernel, call, tasks):
 def _share(kernel, call, tasks, threads):
     for thread in prange(threads):
         call_at(kernel, call, thread * tasks // threads, (thread + 1) * tasks // threads)
+        settle()
 
 
 @njit(nogil=True, cache=True)
