@@ -38,6 +38,9 @@ ARITHMETIC = {
     "float64": np.float64,
 }
 
+#: an inf or NaN among the data is no news
+_quiet = functools.partial(np.errstate, all="ignore")
+
 Meta = tuple[Ints, Ints, Any]  #: all that validation looks at
 _meta: Callable[[Array], Meta] = operator.attrgetter("shape", "strides", "dtype")
 
@@ -453,7 +456,7 @@ class Call:
         layout = self.plan.layout
         mean, spread = layout.unpack_groups(mean), layout.unpack_groups(spread)
         if mean.ndim > running.mean.ndim:  # instance norm: statistics per sample and channel
-            with np.errstate(all="ignore"):
+            with _quiet():
                 mean, spread = mean.mean(axis=0), spread.mean(axis=0)
         update = Update(running.mean, running.spread, factor, running.momentum)
         self.backend.average(update, mean, spread)
@@ -508,31 +511,32 @@ class Pullback:
             )
         dtype = plan.native if dy.dtype == plan.native else plan.arithmetic
         view, target = call.target(dx)
-        with np.errstate(all="ignore"):  # an inf or NaN in dy or x is no news
-            gamma, _ = call.params()
-            wanted = plan.wanted
-            if self._r is not None and self._d is not None:
+        gamma, _ = call.params()
+        wanted = plan.wanted
+        if self._r is not None and self._d is not None:
+            with _quiet():
                 gamma, _ = call.backend.affine(gamma, None, self._r, self._d, plan.arithmetic)
-                wanted = wanted and (np.dtype(np.float64),) * 2
-            sums = call.backend.gradients(
-                call.pack(dy, dtype),
-                call.pack(x, plan.native),
-                plan.layout.axes,
-                stats,
-                gamma,
-                target,
-                center=call.center,
-                frozen=call.frozen,
-                affine=wanted,
-            )
-            if target is not view:
-                view[...] = target
-            if sums is None:
-                return _grads(dx, None, None)
-            dgamma, dbeta = sums
-            if self._r is not None:
+            wanted = wanted and (np.dtype(np.float64),) * 2
+        sums = call.backend.gradients(
+            call.pack(dy, dtype),
+            call.pack(x, plan.native),
+            plan.layout.axes,
+            stats,
+            gamma,
+            target,
+            center=call.center,
+            frozen=call.frozen,
+            affine=wanted,
+        )
+        if target is not view:
+            view[...] = target
+        if sums is None:
+            return _grads(dx, None, None)
+        dgamma, dbeta = sums
+        if self._r is not None:
+            with _quiet():
                 dgamma = self._r * dgamma + self._d * dbeta
-            return _grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
+        return _grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
 
     def _grad(self, grad: Array, param: Array | None) -> Array | None:
         if param is None:
@@ -540,9 +544,10 @@ class Pullback:
         plan = self._call.plan
         if plan.direct_params and grad.dtype == param.dtype:
             return grad
-        if not plan.direct_params:
-            grad = plan.layout.unpack_param(grad)
-        return grad.astype(param.dtype.newbyteorder("="), copy=False)
+        with _quiet():
+            if not plan.direct_params:
+                grad = plan.layout.unpack_param(grad)
+            return grad.astype(param.dtype.newbyteorder("="), copy=False)
 
 
 def _grads(dx: Array, dgamma: Array | None, dbeta: Array | None) -> Grads:

@@ -23,6 +23,7 @@ _SHARED = 12  #: parts from which on sharing them, by three launches, is faster 
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _NO_UPDATE = (None, None, 0, 0.0, 0.0)
+Fold = tuple[Array, Array]  #: dgamma and dbeta
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
@@ -327,7 +328,7 @@ class Numba(Backend):
             blocks = -(-k0 // rows)
             shares = np.empty((blocks, 2, params))
             run(k.rows_backward_params, k.ALL, blocks, None, shares, rows)
-            return self._fold(shares.sum(axis=0) if blocks > 1 else shares[0], work)
+            return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
         sums: Array | None = None
         if affine and work.rows and span > 1:
@@ -352,21 +353,29 @@ class Numba(Backend):
             count = max(1, min(_MOST_PARTS, x.size // params, x.size // _PART))
             shares = np.empty((count, 2, params))
             run(k.slab_params, k.ALL, count * -(-params // k.SLAB), None, shares, count)
-            return self._fold(shares.sum(axis=0) if count > 1 else shares[0], work)
+            return self._fold_shares(shares, work, affine)
         if sums is None:
             sums = np.empty((x.size // (params * span), params, 1, 2))
             run(k.param_sums, k.ALL, x.size // span, None, sums)
-        single = sums.shape[0] == sums.shape[2] == 1
-        return self._fold((sums[0, :, 0] if single else sums.sum(axis=(0, 2))).T, work)
+        outer, params, pieces, _ = sums.shape
+        numbers = (outer, 1, params, pieces, 2 * params * pieces, 0, 2 * pieces, 2, 1)
+        return self._fold(sums, affine, numbers)
 
-    @staticmethod
-    def _fold(grads: Array, work: Work) -> tuple[Array, Array]:
-        """(2, params) gradients of what `_param` made of gamma and beta, as theirs."""
-        if work.tile > 1:
-            grads = grads.reshape(2, work.tile, -1).sum(axis=1)
-        if work.repeat > 1:
-            grads = grads.reshape(2, -1, work.repeat).sum(axis=2)
-        return grads[0], grads[1]
+    def _fold_shares(self, shares: Array, work: Work, affine: tuple[Any, Any]) -> Fold:
+        """dgamma and dbeta from (shares, 2, params) sums for what `_param` made of gamma, beta."""
+        tile, repeat, size = work.tile, work.repeat, work.axes.params
+        params = size // (tile * repeat)
+        numbers = (len(shares), tile, params, repeat, 2 * size, size // tile, repeat, 1, size)
+        return self._fold(shares, affine, numbers)
+
+    def _fold(self, sums: Array, affine: tuple[Any, Any], numbers: tuple[int, ...]) -> Fold:
+        """dgamma and dbeta in their dtypes."""
+        params = numbers[2]
+        dgamma, dbeta = np.empty(params, affine[0]), np.empty(params, affine[1])
+        compiled = k.compiled(k.fold, k.Fold, _name(affine[0]), _name(affine[1]))
+        threads = self._pool.threads(sums.size)
+        self._pool.run(compiled, (sums, dgamma, dbeta, *numbers), -(-params // k.SLAB), threads)
+        return dgamma, dbeta
 
     def steps(self, operation: str, x: Array, axes: Axes, *_: Any, **options: Any) -> list[Step]:
         if operation not in ("moments", "normalize", "infer", "forward"):
@@ -407,7 +416,9 @@ class Numba(Backend):
             k.slab_params,
         )
         needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
-        needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))
+        dtypes = dict.fromkeys([dtype, real])
+        needed += product(backward, [k.Backward], [dtype], dtypes)
+        needed += [(k.fold, k.Fold, name, name) for name in dtypes]
         for kernel in needed:
             yield f"{kernel[0].__name__} of {dtype}", partial(_compile, *kernel)
 

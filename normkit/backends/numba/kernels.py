@@ -458,6 +458,10 @@ Backward = namedtuple(
     "Backward",
     "dy x dx gamma mean residual rstd partial sums axes center frozen stage parts rows",
 )
+Fold = namedtuple(
+    "Fold",
+    "sums dgamma dbeta outer tile params inner per_outer per_tile per_param per_inner per_kind",
+)
 
 #: Kinds of running statistics: float64 instead of float32; a standard deviation, not a variance.
 WIDE_MEAN, WIDE_SPREAD, DEVIATION = 1, 2, 4
@@ -1242,7 +1246,9 @@ def _apply_grad_stretch(
         target = aside(dx, first, buffer, lines)
         if span == 1:
             if wide:
-                _dx_many(dy, x, target, first, last, factor, high, scaled, slope, shift, gamma, index)
+                _dx_many(
+                    dy, x, target, first, last, factor, high, scaled, slope, shift, gamma, index
+                )
             else:
                 _dx_many(
                     dy, x, target, first, last, None, np.float32(high),
@@ -1895,13 +1901,13 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     if _by_column(axes):
         while row + 4 * many <= end:
             at = origin + row * stride
-            for first in range(0, wide, strip):
+            for column in range(0, wide, strip):
                 if ahead:
-                    _fetch_share(dy, at, many * stride, 4, wide, first)
-                    _fetch_share(x, at, many * stride, 4, wide, first)
-                last = min(first + strip, wide)
+                    _fetch_share(dy, at, many * stride, 4, wide, column)
+                    _fetch_share(x, at, many * stride, 4, wide, column)
+                stop = min(column + strip, wide)
                 _sum_column_grads(
-                    dy, x, at, many * stride, 4, first, last, factor, high, low, sums, to
+                    dy, x, at, many * stride, 4, column, stop, factor, high, low, sums, to
                 )
             row += 4 * many
         while row + 4 <= end:
@@ -2232,6 +2238,37 @@ def _add_param_grads(dy, x, first, last, factor, high, rstd, lift, dgamma, dbeta
         store(dbeta, i + offset, load(dbeta, i + offset) + g)
 
 
+def fold(pointer, first, last):
+    """dgamma and dbeta from sums over parts of the data; a task is a slab of parameters.
+
+    Of each parameter there are outer*tile*inner sums of either kind, whose distances in memory are
+    `per_outer` and so on.
+    """
+    call = _behind(pointer)
+    total = scratch(0.0, SLAB)
+    for task in range(first, last):
+        begin = task * SLAB
+        count = min(SLAB, call.params - begin)
+        for kind in range(2):
+            origin = kind * call.per_kind + begin * call.per_param
+            _fill(total, 0, count, 0.0)
+            for i in range(call.outer):
+                for j in range(call.tile):
+                    at = origin + i * call.per_outer + j * call.per_tile
+                    for k in range(call.inner):
+                        _add_every(total, call.sums, at + k * call.per_inner, call.per_param, count)
+            if kind:
+                _copy_to(call.dbeta, begin, total, count)
+            else:
+                _copy_to(call.dgamma, begin, total, count)
+
+
+@elementwise
+def _add_every(total, sums, at, step, count):
+    for j in range(count):
+        store(total, j, load(total, j) + load(sums, at + j * step))
+
+
 # ----------------------------------------------------------------------------------------- compiled
 @njit(nogil=True, cache=True)
 def enter(kernel, call, tasks):
@@ -2253,13 +2290,17 @@ def enter_parallel(kernel, call, tasks, threads):
 
 
 def _fields(kind: type, x: str, dy: str) -> list[Any]:
-    """Types of a call's fields; pointers by the role of what they point to."""
+    """Types of a call's fields; pointers by the role of what they point to.
+
+    In a `Fold`, the dtypes are those of dgamma and dbeta.
+    """
     real = "float64" if x == "float64" else "float32"
     element = {
         "x": Pointer(x), "y": Pointer(x, "out"), "dy": Pointer(dy), "dx": Pointer(x, "out"),
         "gamma": Pointer(real), "beta": Pointer(real),
         "mean": Pointer("float64", "scratch"), "residual": Pointer("float64", "scratch"),
         "rstd": Pointer("float64", "scratch"), "var": Pointer("float64", "scratch"),
+        "dgamma": Pointer(x, "out"), "dbeta": Pointer(dy, "out"),
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
         "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
         "center": types.boolean, "frozen": types.boolean,

@@ -1,0 +1,74 @@
+"""Results larger than the caches are written past them, by other code: the same bits must come."""
+
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (makes np.dtype("bfloat16") known)
+import numpy as np
+import pytest
+from cases import same_bits
+
+import normkit as nk
+from normkit.backends.numba import kernels
+
+SAMPLES, FEW = 48, 3
+#: norm, options, shape of a sample, axis that lies last in memory; large enough in any dtype
+LARGE: dict[str, Any] = {
+    "layer": (nk.layer_norm, {"axis": (1, 2)}, (193, 1361), None),
+    "layer, gamma of a part": (nk.layer_norm, {"axis": (1, 2), "param_axis": 2}, (193, 1361), None),
+    "rms": (nk.rms_norm, {"axis": (1, 2), "param_axis": 1}, (65, 4047), None),
+    "group": (nk.group_norm, {"num_groups": 5}, (65, 64, 64), None),
+    "group, channels last": (nk.group_norm, {"num_groups": 5}, (65, 64, 64), 1),
+    "instance": (nk.instance_norm, {}, (97, 52, 53), None),
+    "instance, channels last": (nk.instance_norm, {}, (97, 52, 53), 1),
+}
+
+
+@pytest.mark.parametrize("out_of_line", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("call", LARGE)
+def test_samples_have_the_same_bits_in_a_large_batch(
+    call: str, dtype: str, out_of_line: bool
+) -> None:
+    norm, options, sample, last = LARGE[call]
+    rng = np.random.default_rng(1)
+    shape = (SAMPLES, *sample)
+    if last is not None:
+        shape = (SAMPLES, *sample[1:], sample[0])
+
+    def normal() -> Any:
+        memory = rng.standard_normal(np.prod(shape) + 1, "float32").astype(dtype)
+        array = memory[int(out_of_line) :][: memory.size - 1].reshape(shape)
+        return array if last is None else np.moveaxis(array, -1, 1)
+
+    x, dy = normal(), normal()
+    assert x.nbytes // 64 >= kernels.STREAMED > x[:FEW].nbytes // 64
+    axes = options.get("param_axis", options.get("axis", 1))
+    params = [x.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))]
+    gamma, beta = (rng.standard_normal(params, "float32") for _ in range(2))
+    found = []
+    for some in (slice(None), slice(FEW), slice(SAMPLES - FEW, None)):
+        y, pullback = nk.vjp(norm, x[some], gamma, beta, **options)
+        found.append((y, pullback(dy[some]).x, norm(x[some], gamma, beta, **options)))
+    large, first, final = found
+    for whole, begin, end in zip(large, first, final, strict=True):
+        assert same_bits(whole[:FEW], begin)
+        assert same_bits(whole[-FEW:], end)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_large_batches_are_normalised_in_place_as_elsewhere(dtype: str, last: bool) -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((37, 65, 44, 45), "float32").astype(dtype)
+    x = np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1) if last else x
+    gamma, beta, mean = (rng.standard_normal(65, "float32") for _ in range(3))
+    given = {"running_mean": mean, "running_var": mean**2, "training": False}
+    for options in ({}, given):
+        want = nk.batch_norm(x, gamma, beta, **options)
+        with nk.use_backend("reference"):
+            exact = nk.batch_norm(x[:2], gamma, beta, **given)
+        if options:
+            np.testing.assert_allclose(want[:2], exact, rtol=1e-5, atol=1e-5)
+        memory = x.copy(order="K")
+        assert nk.batch_norm(memory, gamma, beta, out=memory, **options) is memory
+        assert same_bits(memory, want)
