@@ -254,9 +254,9 @@ class Numba(Backend):
 
     @staticmethod
     def _stats(work: Work) -> Stats:
-        values = np.empty((4, work.axes.groups))
+        empty, groups = np.empty, work.axes.groups
         exact = work.real == np.float32  # then the mean needs no residual
-        return Stats(values[0], values[1], values[2], None if exact else values[3])
+        return Stats(empty(groups), empty(groups), empty(groups), None if exact else empty(groups))
 
     def _apply(
         self,

@@ -421,7 +421,8 @@ inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 #: and what is rare or large
 plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
-FEW = 4  #: products of halves, an even number, that float32 adds up for a float64 sum
+PAIRS_OF_SQUARES = 2  #: pairs of bfloat16's squares that float32 adds up for a float64 sum
+FEW = 512  #: products of halves that float32 adds up for one
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
@@ -582,9 +583,9 @@ def _fetch_early(pointer, first, last):
 def _streams(x, axes):
     """Whether to write the result past the caches, by way of a buffer."""
     k0, r0, k1, r1, params, span = axes
-    run = r0 * k1 * r1 if r1 < SHORT else r1 if span == 1 else min(r1, span)
+    stretch = r0 * k1 * r1 if r1 < SHORT else r1
     many = k0 * r0 * k1 * r1 >= STREAMED * per_line(x)
-    return STREAMS and many and run >= LONG * per_line(x)
+    return STREAMS and many and stretch >= LONG * per_line(x)
 
 
 @inline
@@ -634,10 +635,11 @@ def _sums(x, first, last, shift, before, after):
     """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
     s = q = 0.0
     # Squares of bfloat16 have 16 bits: float32 loses none to speak of when it adds a few.
-    few = (last - first) // FEW if significand(x) == 8 and shift == 0.0 else 0
+    size = 2 * PAIRS_OF_SQUARES
+    few = (last - first) // size if significand(x) == 8 and shift == 0.0 else 0
     for i in range(few):
         t = u = np.float32(0.0)
-        for k in range(FEW // 2):
+        for k in range(PAIRS_OF_SQUARES):
             a, b = load_two(x, first + 2 * (i + k * few))
             t += a + b
             u += a * a + b * b
@@ -645,7 +647,7 @@ def _sums(x, first, last, shift, before, after):
         q += u
     if few and not 2.0**-100 < q < 2.0**120:  # out of float32's range: all in float64
         few, s, q = 0, 0.0, 0.0
-    for i in range(first + FEW * few, last):
+    for i in range(first + size * few, last):
         if is_float64(x):
             d = (load(x, i) * before - shift) * after
         else:
@@ -945,16 +947,19 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ah
     span = axes[5]
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     wide, streams = is_float64(x) or _extreme(rstd), _streams(x, axes)
+    target, lines, begin, stop = y, False, first, first
     while first < end:
         last = min(end, end_of_run)
         if streams:
-            last = _end_of_lines(y, first, last)
+            if first == stop:
+                begin, stop = first, _end_of_lines(y, first, end)
+                lines = stop - begin >= per_line(y)
+                target = aside(y, begin, buffer, lines)
+            last = min(last, stop)
         elif ahead:
             last = min(last, first + PIECE * per_line(x))
             _fetch(x, first + ahead, last + ahead)
             _fetch(y, first + ahead, last + ahead)
-        lines = streams and last - first >= per_line(y)
-        target = aside(y, first, buffer, lines)
         if span == 1:
             if wide:
                 _apply_many(
@@ -975,8 +980,8 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ah
                     x, target, first, last, None, np.float32(high), np.float32(scale),
                     np.float32(shift),
                 )  # fmt: skip
-        if lines:
-            stream(y, first, last, buffer)
+        if lines and last == stop:
+            stream(y, begin, stop, buffer)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
@@ -1076,25 +1081,60 @@ def _centred(x, i, factor, high, low):
 
 
 @reduction
+def _narrow_grad_sums(dy, x, first, last, mean):
+    """Sums of dy and of dy*(x - mean) in float32."""
+    s = p = np.float32(0.0)
+    pairs = (last - first) // 2 if significand(x) == significand(dy) == 8 else 0
+    for i in range(pairs):
+        g, h = load_two(dy, first + 2 * i)
+        a, b = load_two(x, first + 2 * i)
+        s += g + h
+        p += g * (a - mean) + h * (b - mean)
+    for i in range(first + 2 * pairs, last):
+        g = np.float32(load(dy, i))
+        s += g
+        p += g * (np.float32(load(x, i)) - mean)
+    return s, p
+
+
+@reduction
+def _narrow_weighted_grad_sums(dy, x, first, last, mean, gamma, index):
+    """Sums of gamma*dy and of gamma*dy*(x - mean) in float32."""
+    offset = index - first
+    s = p = np.float32(0.0)
+    for i in range(first, last):
+        g = np.float32(load(dy, i)) * np.float32(load(gamma, i + offset))
+        s += g
+        p += g * (np.float32(load(x, i)) - mean)
+    return s, p
+
+
+@inline
+def _narrow(dy, x, high):
+    """Whether float32 sums of a few products are as good as what they are made of."""
+    return significand(dy) < 24 and significand(x) < 24 and np.float64(np.float32(high)) == high
+
+
+@inline
+def _in_range(s, p):
+    """Whether no sum in float32 may have lost what float64 holds."""
+    return (2.0**-100 < abs(p) < 2.0**120) and abs(s) < np.inf
+
+
+@reduction
 def _grad_sums(dy, x, first, last, factor, high, low):
     """Sums of dy and of dy*(x - mean)*factor."""
     s = p = 0.0
-    narrow = np.float32(high)
-    halves = (significand(dy) < 24) & (significand(x) < 24)
-    few = (last - first) // FEW if halves and np.float64(narrow) == high else 0
-    for i in range(first, first + few):
-        t = u = np.float32(0.0)
-        for k in range(FEW):
-            g = np.float32(load(dy, i + k * few))
-            t += g
-            u += g * (np.float32(load(x, i + k * few)) - narrow)
-        s += t
-        p += u
-    fits = (2.0**-100 < abs(p) < 2.0**120) and abs(s) < np.inf
-    if few and not fits:  # out of float32's range: all in float64
-        few, s, p = 0, 0.0, 0.0
-    p -= low * s
-    for i in range(first + FEW * few, last):
+    if _narrow(dy, x, high):
+        for begin in range(first, last, FEW):
+            end = min(begin + FEW, last)
+            ds, dp = _narrow_grad_sums(dy, x, begin, end, np.float32(high))
+            s += ds
+            p += dp
+        if _in_range(s, p):
+            return s, p - low * s
+        s = p = 0.0
+    for i in range(first, last):
         g = np.float64(load(dy, i))
         s += g
         p += g * _centred(x, i, factor, high, low)
@@ -1106,6 +1146,17 @@ def _weighted_grad_sums(dy, x, first, last, factor, high, low, gamma, index):
     """Sums of gamma*dy and of gamma*dy*(x - mean)*factor."""
     offset = index - first
     s = p = 0.0
+    if _narrow(dy, x, high):
+        for begin in range(first, last, FEW):
+            end = min(begin + FEW, last)
+            ds, dp = _narrow_weighted_grad_sums(
+                dy, x, begin, end, np.float32(high), gamma, begin + offset
+            )
+            s += ds
+            p += dp
+        if _in_range(s, p):
+            return s, p - low * s
+        s = p = 0.0
     for i in range(first, last):
         g = np.float64(load(dy, i)) * load(gamma, i + offset)
         s += g
@@ -1233,17 +1284,20 @@ def _apply_grad_stretch(
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     slope, shift = _line(call, s, p, low, scaled)
     wide, streams = is_float64(x) or _extreme(rstd) or _unsafe(slope), _streams(x, axes)
+    target, lines, begin, stop = dx, False, first, first
     while first < end:
         last = min(end, end_of_run)
         if streams:
-            last = _end_of_lines(dx, first, last)
+            if first == stop:
+                begin, stop = first, _end_of_lines(dx, first, end)
+                lines = stop - begin >= per_line(dx)
+                target = aside(dx, begin, buffer, lines)
+            last = min(last, stop)
         elif ahead:
             last = min(last, first + PIECE * per_line(x))
             _fetch(dy, first + ahead, last + ahead)
             _fetch(x, first + ahead, last + ahead)
             _fetch(dx, first + ahead, last + ahead)
-        lines = streams and last - first >= per_line(dx)
-        target = aside(dx, first, buffer, lines)
         if span == 1:
             if wide:
                 _dx_many(
@@ -1263,8 +1317,8 @@ def _apply_grad_stretch(
                     dy, x, target, first, last, None, np.float32(high),
                     np.float32(scale), np.float32(slope), np.float32(shift),
                 )  # fmt: skip
-        if lines:
-            stream(dx, first, last, buffer)
+        if lines and last == stop:
+            stream(dx, begin, stop, buffer)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
