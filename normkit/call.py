@@ -157,9 +157,10 @@ def _is_plain(meta: Meta, size: int) -> bool:
 
 
 class Repeat(NamedTuple):
-    """Runs calls like one before, or checks them; both take the arguments' values, then None."""
+    """Does what calls like one before do; all take the arguments' values, then None."""
 
     forward: Callable[[tuple[Any, ...]], Array]
+    vjp: Callable[[tuple[Any, ...]], tuple[Array, Pullback]]
     call: Callable[[tuple[Any, ...]], Call]
 
 
@@ -345,28 +346,38 @@ class Call:
             if out is not None:
                 _check_written(out, x, gamma, beta, mean, spread, name)
 
-        def forward(values: tuple[Any, ...]) -> Array:
+        def run(values: tuple[Any, ...], keep: bool) -> tuple[Array, Stats | None, tuple[Any, ...]]:
             x, gamma, beta, mean, spread, y = found = pick(values)
             if updates or y is not None:
                 check(*found)
             if elsewhere is not None and (there := elsewhere(x)) is not None:
                 with there:
-                    return forward(values)
+                    return run(values, keep)
             if y is None:
                 y = kind(shape, native) if direct else xp.empty_like(x)
-            launch(x, y, gamma, beta, mean, spread, False)
-            return y
+            return y, launch(x, y, gamma, beta, mean, spread, keep), found
 
-        def call(values: tuple[Any, ...]) -> Call:
-            found = pick(values)
-            check(*found)
+        def forward(values: tuple[Any, ...]) -> Array:
+            return run(values, False)[0]
+
+        def vjp(values: tuple[Any, ...]) -> tuple[Array, Pullback]:
+            y, stats, found = run(values, True)
+            call = made(found)
+            return y, Pullback(call, stats, *call._corrections(stats, xp))
+
+        def made(found: tuple[Any, ...]) -> Call:
             call = Call.__new__(Call)
             call.x, call.gamma, call.beta, mean, spread, call.out = found
             call.plan, call.backend, call.center, call.eps, call.frozen, call.launch = same
             call.running = Running(mean, spread, name, momentum, clip) if kept else None
             return call
 
-        return Repeat(forward, call)
+        def call(values: tuple[Any, ...]) -> Call:
+            found = pick(values)
+            check(*found)
+            return made(found)
+
+        return Repeat(forward, vjp, call)
 
     def _prepare(self) -> Launch | None:
         plan, running = self.plan, self.running
@@ -407,7 +418,7 @@ class Call:
             return array
         view = plan.layout.view(array)
         if view.dtype != dtype:
-            with np.errstate(over="ignore"):
+            with _quiet():
                 return view.astype(dtype, order="C")
         return view if view.flags.c_contiguous else view.copy(order="C")
 
@@ -618,7 +629,18 @@ def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., A
         except (TypeError, ValueError) as error:
             raise named(error) from None
 
-    run.declare = checked  # type: ignore[attr-defined]
+    @functools.wraps(declare)
+    def differentiated(*args: Any, **options: Any) -> tuple[Array, Pullback]:
+        signature = _signature(args, options) if pure else None
+        again = known.get(signature)
+        if again is None or options.get("out") is not None:
+            return find(signature, args, options).vjp()
+        try:
+            return again.vjp((*args, *options.values(), None))
+        except (TypeError, ValueError) as error:
+            raise named(error) from None
+
+    run.declare, run.vjp = checked, differentiated  # type: ignore[attr-defined]
     return run
 
 
@@ -676,8 +698,11 @@ def vjp(norm: Callable[..., Array], x: Array, *args: Any, **options: Any) -> tup
     >>> dbeta is None
     True
     """
-    call: Call = declared("vjp", norm)(x, *args, **options)
-    return call.vjp()
+    direct = getattr(norm, "vjp", None)
+    if direct is not None:
+        found: tuple[Array, Pullback] = direct(x, *args, **options)
+        return found
+    return declared("vjp", norm)(x, *args, **options).vjp()
 
 
 def declared(caller: str, norm: Callable[..., Array]) -> Callable[..., Call]:

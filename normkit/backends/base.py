@@ -61,6 +61,8 @@ class Backend(ABC):
     type (float32 for the half types); `gamma` and `beta` are (params,) arrays of any supported
     dtype, or None. `y` may be `x` itself.
 
+    Infs and NaNs among the data are no news: what NumPy would warn of is silenced by the backend.
+
     Third parties subclass this as well; `examples/custom_backend.py` is one in full, and
     `normkit.testing.check_backend` tests it. A library without strides has its arrays taken in
     logical order, its y and dx are written to by item assignment whatever their shape, and its

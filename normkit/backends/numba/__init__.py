@@ -23,7 +23,6 @@ _SHARED = 12  #: parts from which on sharing them, by three launches, is faster 
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _NO_UPDATE = (None, None, 0, 0.0, 0.0)
-Fold = tuple[Array, Array]  #: dgamma and dbeta
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
@@ -119,11 +118,9 @@ def _param(param: Array | None, default: float, work: Work) -> Array:
     """gamma or beta as the kernels read it."""
     if param is None:
         return _default(default, work)
-    if param.dtype == np.float64 != work.real:
-        with np.errstate(over="ignore"):
+    if param.dtype != work.real:
+        with np.errstate(all="ignore"):
             param = param.astype(work.real)
-    elif param.dtype != work.real:
-        param = param.astype(work.real)
     return param if work.as_given else np.tile(param.repeat(work.repeat), work.tile)
 
 
@@ -361,18 +358,23 @@ class Numba(Backend):
         numbers = (outer, 1, params, pieces, 2 * params * pieces, 0, 2 * pieces, 2, 1)
         return self._fold(sums, affine, numbers)
 
-    def _fold_shares(self, shares: Array, work: Work, affine: tuple[Any, Any]) -> Fold:
+    def _fold_shares(
+        self, shares: Array, work: Work, affine: tuple[Any, Any]
+    ) -> tuple[Array, Array]:
         """dgamma and dbeta from (shares, 2, params) sums for what `_param` made of gamma, beta."""
         tile, repeat, size = work.tile, work.repeat, work.axes.params
         params = size // (tile * repeat)
         numbers = (len(shares), tile, params, repeat, 2 * size, size // tile, repeat, 1, size)
         return self._fold(shares, affine, numbers)
 
-    def _fold(self, sums: Array, affine: tuple[Any, Any], numbers: tuple[int, ...]) -> Fold:
-        """dgamma and dbeta in their dtypes."""
-        params = numbers[2]
-        dgamma, dbeta = np.empty(params, affine[0]), np.empty(params, affine[1])
-        compiled = k.compiled(k.fold, k.Fold, _name(affine[0]), _name(affine[1]))
+    def _fold(
+        self, sums: Array, affine: tuple[Any, Any], numbers: tuple[int, ...]
+    ) -> tuple[Array, Array]:
+        """dgamma and dbeta in their dtype, or in float64 if those differ."""
+        dtype = affine[0] if affine[0] == affine[1] else np.dtype(np.float64)
+        _, _, params, *_ = numbers
+        dgamma, dbeta = np.empty(params, dtype), np.empty(params, dtype)
+        compiled = k.compiled(k.fold, k.Fold, _name(dtype), "")
         threads = self._pool.threads(sums.size)
         self._pool.run(compiled, (sums, dgamma, dbeta, *numbers), -(-params // k.SLAB), threads)
         return dgamma, dbeta
@@ -416,9 +418,8 @@ class Numba(Backend):
             k.slab_params,
         )
         needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
-        dtypes = dict.fromkeys([dtype, real])
-        needed += product(backward, [k.Backward], [dtype], dtypes)
-        needed += [(k.fold, k.Fold, name, name) for name in dtypes]
+        needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))
+        needed += [(k.fold, k.Fold, of_params, "") for of_params in k.DTYPES]
         for kernel in needed:
             yield f"{kernel[0].__name__} of {dtype}", partial(_compile, *kernel)
 

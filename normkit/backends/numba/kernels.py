@@ -8,11 +8,12 @@ serve all axes (k0, r0, k1, r1), by what is contiguous:
 rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
 columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
 
-Sums are float64. float32 and the half types, whose squares float64 holds exactly, take one pass:
-the variance is the mean square less the squared mean, which loses to rounding at most 2**-30 of
-itself where the mean is below 1000 standard deviations. A group whose mean is above, and all
-float64 data, are summed about an element, then about the mean. Elements are then centred before
-they are scaled, in their arithmetic type, or in float64 where a statistic is extreme.
+Sums are float64, but those of the half types' gradients, which float32 adds up in part. float32
+and the half types, whose squares float64 holds exactly, take one pass: the variance is the mean
+square less the squared mean, which loses to rounding at most 2**-30 of itself where the mean is
+below 1000 standard deviations. A group whose mean is above, and all float64 data, are summed about
+an element, then about the mean. Elements are then centred before they are scaled, in their
+arithmetic type, or in float64 where a statistic is extreme.
 
 Everything compiled stands in this one file: Numba's disk cache sees edits to it, and to no other.
 """
@@ -72,6 +73,7 @@ _STORED = {
     "float32": ir.FloatType(),
     "float64": ir.DoubleType(),
 }
+DTYPES = tuple(_STORED)
 
 
 def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
@@ -257,7 +259,7 @@ def stream(typing: Any, pointer: Any, first: Any, last: Any, buffer: Any) -> Any
         copy(begin, inner)
         one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
         with cgutils.for_range_slice(builder, inner, outer, ir.Constant(word, 64)) as (place, _):
-            value = builder.load(builder.bitcast(source(place), line), align=4)
+            value = builder.load(builder.bitcast(source(place), line), align=1)
             done = builder.store(value, builder.inttoptr(place, line), align=64)
             done.set_metadata("nontemporal", one)
         copy(outer, end)
@@ -268,7 +270,7 @@ def stream(typing: Any, pointer: Any, first: Any, last: Any, buffer: Any) -> Any
 
 @intrinsic
 def settle(typing: Any) -> Any:
-    """Wait until all that was streamed is in memory."""
+    """Let other threads see all that was streamed before they see what follows."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
@@ -421,8 +423,8 @@ inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 #: and what is rare or large
 plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
-PAIRS_OF_SQUARES = 2  #: pairs of bfloat16's squares that float32 adds up for a float64 sum
-FEW = 512  #: products of halves that float32 adds up for one
+FEW_PAIRS = 2  #: pairs of bfloat16's squares that float32 adds up before they enter a float64 sum
+NARROW = 512  #: products of halves in a gradient's sum that it does
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
@@ -635,11 +637,11 @@ def _sums(x, first, last, shift, before, after):
     """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
     s = q = 0.0
     # Squares of bfloat16 have 16 bits: float32 loses none to speak of when it adds a few.
-    size = 2 * PAIRS_OF_SQUARES
+    size = 2 * FEW_PAIRS
     few = (last - first) // size if significand(x) == 8 and shift == 0.0 else 0
     for i in range(few):
         t = u = np.float32(0.0)
-        for k in range(PAIRS_OF_SQUARES):
+        for k in range(FEW_PAIRS):
             a, b = load_two(x, first + 2 * (i + k * few))
             t += a + b
             u += a * a + b * b
@@ -1111,7 +1113,7 @@ def _narrow_weighted_grad_sums(dy, x, first, last, mean, gamma, index):
 
 @inline
 def _narrow(dy, x, high):
-    """Whether float32 sums of a few products are as good as what they are made of."""
+    """Whether gradients' products may be added up in float32 first: halves are coarser than it."""
     return significand(dy) < 24 and significand(x) < 24 and np.float64(np.float32(high)) == high
 
 
@@ -1126,8 +1128,8 @@ def _grad_sums(dy, x, first, last, factor, high, low):
     """Sums of dy and of dy*(x - mean)*factor."""
     s = p = 0.0
     if _narrow(dy, x, high):
-        for begin in range(first, last, FEW):
-            end = min(begin + FEW, last)
+        for begin in range(first, last, NARROW):
+            end = min(begin + NARROW, last)
             ds, dp = _narrow_grad_sums(dy, x, begin, end, np.float32(high))
             s += ds
             p += dp
@@ -1147,8 +1149,8 @@ def _weighted_grad_sums(dy, x, first, last, factor, high, low, gamma, index):
     offset = index - first
     s = p = 0.0
     if _narrow(dy, x, high):
-        for begin in range(first, last, FEW):
-            end = min(begin + FEW, last)
+        for begin in range(first, last, NARROW):
+            end = min(begin + NARROW, last)
             ds, dp = _narrow_weighted_grad_sums(
                 dy, x, begin, end, np.float32(high), gamma, begin + offset
             )
@@ -1529,7 +1531,8 @@ def _fetch_share(pointer, at, stride, rows, columns, first):
 
     Row by row: lines that follow each other in memory arrive twice as fast as those of a strip.
     """
-    share = (rows * STRIP + columns - 1) // columns
+    strips = (columns + STRIP - 1) // STRIP
+    share = (rows + strips - 1) // strips
     row = LEAD_ROWS + first // STRIP * share
     for _ in range(share):
         _fetch_early(pointer, at + row * stride, at + row * stride + columns)
@@ -2334,7 +2337,7 @@ def enter(kernel, call, tasks):
 def _share(kernel, call, tasks, threads):
     for thread in prange(threads):
         call_at(kernel, call, thread * tasks // threads, (thread + 1) * tasks // threads)
-        settle()
+        settle()  # a thread alone has its result seen by way of Python's lock, which does the same
 
 
 @njit(nogil=True, cache=True)
@@ -2346,7 +2349,7 @@ def enter_parallel(kernel, call, tasks, threads):
 def _fields(kind: type, x: str, dy: str) -> list[Any]:
     """Types of a call's fields; pointers by the role of what they point to.
 
-    In a `Fold`, the dtypes are those of dgamma and dbeta.
+    In a `Fold`, `x` is the dtype of dgamma and dbeta.
     """
     real = "float64" if x == "float64" else "float32"
     element = {
@@ -2354,7 +2357,7 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
         "gamma": Pointer(real), "beta": Pointer(real),
         "mean": Pointer("float64", "scratch"), "residual": Pointer("float64", "scratch"),
         "rstd": Pointer("float64", "scratch"), "var": Pointer("float64", "scratch"),
-        "dgamma": Pointer(x, "out"), "dbeta": Pointer(dy, "out"),
+        "dgamma": Pointer(x, "out"), "dbeta": Pointer(x, "out"),
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
         "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
         "center": types.boolean, "frozen": types.boolean,
