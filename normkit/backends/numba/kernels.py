@@ -431,7 +431,9 @@ FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 PIECE = 8  #: cache lines that are prefetched together: a core waits for few at a time
 STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
-STREAMED = 1 << 18  #: cache lines of a result, from which on it would not stay in the caches
+STREAMED = (
+    3 << 17
+)  #: cache lines of a result (24 MiB), from which on it would not stay in the caches
 LEAD = 32  #: cache lines ahead that data read once are prefetched
 AHEAD = 2  #: rows of columns that they are fetched ahead
 LEAD_ROWS = 16  #: the same where they are summed, STRIP columns of several rows at once
@@ -539,9 +541,13 @@ def _far(x, axes):
 
 @inline
 def _ahead_of_stretch(x, axes):
-    """Prefetch distance, in elements, where every element is read once; 0 for none."""
+    """Prefetch distance, in elements, where every element is read once; 0 for none.
+
+    AMD's processors fetch halves in time by themselves.
+    """
     k0, r0, k1, r1, params, span = axes
-    return min(k1 * r1, LEAD * per_line(x)) if _far(x, axes) else 0
+    alone = STREAMS and significand(x) < 24
+    return min(k1 * r1, LEAD * per_line(x)) if _far(x, axes) and not alone else 0
 
 
 @inline
