@@ -431,13 +431,11 @@ FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 PIECE = 8  #: cache lines that are prefetched together: a core waits for few at a time
 STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
-STREAMED = (
-    3 << 17
-)  #: cache lines of a result (24 MiB), from which on it would not stay in the caches
+STREAMED = 3 << 17  #: cache lines of a result, 24 MiB, from which on caches would not keep it
 LEAD = 32  #: cache lines ahead that data read once are prefetched
 AHEAD = 2  #: rows of columns that they are fetched ahead
-LEAD_ROWS = 16  #: the same where they are summed, STRIP columns of several rows at once
-STRIP = 64
+LEAD_ROWS = 16  #: the same where they are summed
+STRIP = 64  #: columns that are summed, of a few rows at once, before others are asked for
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
 BUFFERED = 32  #: cache lines that are streamed together
 BUFFER = 8 * BUFFERED  #: words of 8 bytes in them
