@@ -640,7 +640,7 @@ def norm(declare: Callable[..., Call], *, pure: bool = False) -> Callable[..., A
         except (TypeError, ValueError) as error:
             raise named(error) from None
 
-    run.declare, run.vjp = checked, differentiated  # type: ignore[attr-defined]
+    run.declare, run.differentiated = checked, differentiated  # type: ignore[attr-defined]
     return run
 
 
@@ -698,7 +698,7 @@ def vjp(norm: Callable[..., Array], x: Array, *args: Any, **options: Any) -> tup
     >>> dbeta is None
     True
     """
-    direct = getattr(norm, "vjp", None)
+    direct = getattr(norm, "differentiated", None)
     if direct is not None:
         found: tuple[Array, Pullback] = direct(x, *args, **options)
         return found

@@ -359,3 +359,9 @@ def test_the_batch_axis_is_no_channel_axis() -> None:
     for method in ("layer", "rms", "instance"):
         with pytest.raises(ValueError, match="batch axis"):
             nk.layers.create(method, 4, channel_axis=0)(np.ones((4, 3), "float32"))
+
+
+def test_a_layer_is_no_norm() -> None:
+    layer = nk.layers.BatchNorm(2)  # which has a vjp of its own
+    with pytest.raises(TypeError, match=r"^vjp: norm=.* is no norm"):
+        nk.vjp(layer, np.ones((3, 2)))
