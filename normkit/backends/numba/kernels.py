@@ -595,12 +595,15 @@ def _streams(x, axes):
 
 
 @inline
-def _end_of_lines(y, first, last):
-    """Where to cut elements first..last, so that what is streamed are whole cache lines."""
+def _next_piece(y, first, last, buffer):
+    """(end, whether it is to be streamed, where to write it) of the next piece of first..last.
+
+    What is streamed are whole cache lines.
+    """
     size, past = per_line(y), past_line(y, first)
     if past or last - first < size:
-        return min(last, first + size - past)
-    return first + min(BUFFERED, (last - first) // size) * size
+        return min(last, first + size - past), False, y
+    return first + min(BUFFERED, (last - first) // size) * size, True, aside(y, first, buffer, True)
 
 
 # A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
@@ -947,20 +950,21 @@ def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index
 
 
 @inline
-def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ahead, buffer):
+def _apply_stretch(
+    call, first, end, index, end_of_run, mean, residual, rstd, ahead, streams, buffer
+):
     """y of elements first..end, of one group and side by side; `_parameter` of the next."""
     x, y, gamma, beta, axes = call.x, call.y, call.gamma, call.beta, call.axes
     span = axes[5]
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
-    wide, streams = is_float64(x) or _extreme(rstd), _streams(x, axes)
+    wide = is_float64(x) or _extreme(rstd)
     target, lines, begin, stop = y, False, first, first
     while first < end:
         last = min(end, end_of_run)
         if streams:
             if first == stop:
-                begin, stop = first, _end_of_lines(y, first, end)
-                lines = stop - begin >= per_line(y)
-                target = aside(y, begin, buffer, lines)
+                begin = first
+                stop, lines, target = _next_piece(y, first, end, buffer)
             last = min(last, stop)
         elif ahead:
             last = min(last, first + PIECE * per_line(x))
@@ -1009,6 +1013,7 @@ def rows_forward(pointer, first, last):
     shift, sums, buffer = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, BUFFER)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    streams = _streams(x, axes)
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
     if stage == SUMS:
@@ -1032,7 +1037,7 @@ def rows_forward(pointer, first, last):
             m, e, r = load(mean, i), load(residual, i), load(rstd, i)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_stretch(
-                call, at, end, index, end_of_run, m, e, r, ahead, buffer
+                call, at, end, index, end_of_run, m, e, r, ahead, streams, buffer
             )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
@@ -1066,7 +1071,7 @@ def rows_forward(pointer, first, last):
                     index, end_of_run = _parameter(axes, at)
                 for _ in range(r0):
                     found = _apply_stretch(
-                        call, at, at + r1, index, end_of_run, m, e, r, later, buffer
+                        call, at, at + r1, index, end_of_run, m, e, r, later, streams, buffer
                     )
                     at += k1 * r1
                     if r0 == 1:  # the next group's elements are the next in memory
@@ -1282,22 +1287,21 @@ def _line(call, s, p, low, rstd):
 
 @inline
 def _apply_grad_stretch(
-    call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead, buffer
+    call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams, buffer
 ):
     """dx of elements first..end, of one group and side by side; `_parameter` of the next."""
     dy, x, dx, gamma, axes = call.dy, call.x, call.dx, call.gamma, call.axes
     span = axes[5]
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     slope, shift = _line(call, s, p, low, scaled)
-    wide, streams = is_float64(x) or _extreme(rstd) or _unsafe(slope), _streams(x, axes)
+    wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
     target, lines, begin, stop = dx, False, first, first
     while first < end:
         last = min(end, end_of_run)
         if streams:
             if first == stop:
-                begin, stop = first, _end_of_lines(dx, first, end)
-                lines = stop - begin >= per_line(dx)
-                target = aside(dx, begin, buffer, lines)
+                begin = first
+                stop, lines, target = _next_piece(dx, first, end, buffer)
             last = min(last, stop)
         elif ahead:
             last = min(last, first + PIECE * per_line(x))
@@ -1335,7 +1339,7 @@ def rows_backward(pointer, first, last):
     call = _behind(pointer)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    buffer = scratch(0.0, BUFFER)
+    streams, buffer = _streams(x, axes), scratch(0.0, BUFFER)
     if stage == SUMS:
         for task in range(first, last):
             s, p = _row_grads(call, task // parts, task % parts)
@@ -1352,7 +1356,7 @@ def rows_backward(pointer, first, last):
             mean, residual, rstd = _saved(call, group)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_grad_stretch(
-                call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead, buffer
+                call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams, buffer
             )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
@@ -1373,7 +1377,7 @@ def rows_backward(pointer, first, last):
             for _ in range(r0):
                 found = _apply_grad_stretch(
                     call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later,
-                    buffer
+                    streams, buffer
                 )  # fmt: skip
                 at += k1 * r1
                 if r0 == 1:  # the next group's elements are the next in memory
