@@ -118,10 +118,13 @@ def _param(param: Array | None, default: float, work: Work) -> Array:
     """gamma or beta as the kernels read it."""
     if param is None:
         return _default(default, work)
-    if param.dtype != work.real:
-        with np.errstate(all="ignore"):
-            param = param.astype(work.real)
-    return param if work.as_given else np.tile(param.repeat(work.repeat), work.tile)
+    if work.as_given and param.dtype == work.real:
+        return param
+    kernel = k.compiled(k.widen, k.Widen, _name(param.dtype), _name(work.real))
+    wide = np.empty(work.axes.params, work.real)
+    call = (param, wide, param.size, work.repeat, work.tile)
+    kernel.run(kernel.address, call, -(-param.size // k.CHUNK))
+    return wide
 
 
 def _running(update: Update | None, eps: float | None) -> tuple[Any, ...]:
@@ -420,6 +423,7 @@ class Numba(Backend):
         needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
         needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))
         needed += [(k.fold, k.Fold, of_params, "") for of_params in k.DTYPES]
+        needed += product([k.widen], [k.Widen], k.DTYPES, [real])
         for kernel in needed:
             yield f"{kernel[0].__name__} of {dtype}", partial(_compile, *kernel)
 

@@ -8,7 +8,7 @@ serve all axes (k0, r0, k1, r1), by what is contiguous:
 rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
 columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
 
-Sums are float64, but those of the half types' gradients, which float32 adds up in part. float32
+Sums are float64, but float32 adds up a few hundred products of halves before they enter. float32
 and the half types, whose squares float64 holds exactly, take one pass: the variance is the mean
 square less the squared mean, which loses to rounding at most 2**-30 of itself where the mean is
 below 1000 standard deviations. A group whose mean is above, and all float64 data, are summed about
@@ -423,8 +423,7 @@ inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 #: and what is rare or large
 plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
-FEW_PAIRS = 2  #: pairs of bfloat16's squares that float32 adds up before they enter a float64 sum
-NARROW = 512  #: products of halves in a gradient's sum that it does
+NARROW = 512  #: products of halves that float32 adds up before they enter a float64 sum
 CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
@@ -465,6 +464,7 @@ Fold = namedtuple(
     "Fold",
     "sums dgamma dbeta outer tile params inner per_outer per_tile per_param per_inner per_kind",
 )
+Widen = namedtuple("Widen", "param wide params repeat tile")
 
 #: Kinds of running statistics: float64 instead of float32; a standard deviation, not a variance.
 WIDE_MEAN, WIDE_SPREAD, DEVIATION = 1, 2, 4
@@ -640,23 +640,45 @@ def _end_of_stretch(axes, parts, group, place, at):
 
 # ------------------------------------------------------------------------------------------ moments
 @reduction
+def _narrow_sums(x, first, last):
+    """Sum and sum of squares of x in float32."""
+    s = q = np.float32(0.0)
+    pairs = (last - first) // 2 if significand(x) == 8 else 0
+    for i in range(pairs):
+        a, b = load_two(x, first + 2 * i)
+        s += a + b
+        q += a * a + b * b
+    for i in range(first + 2 * pairs, last):
+        a = np.float32(load(x, i))
+        s += a
+        q += a * a
+    return s, q
+
+
+@inline
+def _is_kept(x, s, q, count):
+    """Whether float32's sums of `count` halves and of their squares lost nothing to speak of.
+
+    Squares are in its range, and the mean is below 4 standard deviations: of this part of a group,
+    and so, if of every part, of the group.
+    """
+    in_range = (q < 2.0**120) & (significand(x) == 11 or q > 2.0**-100)
+    return in_range & (16.0 * s * s <= 15.0 * count * q)
+
+
+@reduction
 def _sums(x, first, last, shift, before, after):
     """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
     s = q = 0.0
-    # Squares of bfloat16 have 16 bits: float32 loses none to speak of when it adds a few.
-    size = 2 * FEW_PAIRS
-    few = (last - first) // size if significand(x) == 8 and shift == 0.0 else 0
-    for i in range(few):
-        t = u = np.float32(0.0)
-        for k in range(FEW_PAIRS):
-            a, b = load_two(x, first + 2 * (i + k * few))
-            t += a + b
-            u += a * a + b * b
-        s += t
-        q += u
-    if few and not 2.0**-100 < q < 2.0**120:  # out of float32's range: all in float64
-        few, s, q = 0, 0.0, 0.0
-    for i in range(first + size * few, last):
+    if significand(x) < 24 and shift == 0.0:
+        for begin in range(first, last, NARROW):
+            ds, dq = _narrow_sums(x, begin, min(begin + NARROW, last))
+            s += ds
+            q += dq
+        if _is_kept(x, s, q, last - first):
+            return s, q
+        s = q = 0.0
+    for i in range(first, last):
         if is_float64(x):
             d = (load(x, i) * before - shift) * after
         else:
@@ -2334,6 +2356,25 @@ def _add_every(total, sums, at, step, count):
         store(total, j, load(total, j) + load(sums, at + j * step))
 
 
+# --------------------------------------------------------------------------------------- parameters
+def widen(pointer, first, last):
+    """A parameter in the arithmetic type: each element `repeat` times, then all `tile` times.
+
+    A task is a chunk of its elements.
+    """
+    call = _behind(pointer)
+    params, repeat = call.params, call.repeat
+    for task in range(first, last):
+        begin, end = task * CHUNK, min((task + 1) * CHUNK, params)
+        for to in range(0, call.tile * params * repeat, params * repeat):
+            if repeat == 1:
+                _copy_run(call.param, begin, call.wide, to + begin, to + end)
+            else:
+                for i in range(begin, end):
+                    at = to + i * repeat
+                    _fill(call.wide, at, at + repeat, load(call.param, i))
+
+
 # ----------------------------------------------------------------------------------------- compiled
 @njit(nogil=True, cache=True)
 def enter(kernel, call, tasks):
@@ -2357,7 +2398,8 @@ def enter_parallel(kernel, call, tasks, threads):
 def _fields(kind: type, x: str, dy: str) -> list[Any]:
     """Types of a call's fields; pointers by the role of what they point to.
 
-    In a `Fold`, `x` is the dtype of dgamma and dbeta.
+    In a `Fold`, `x` is the dtype of dgamma and dbeta; in a `Widen` of a parameter, `dy` what it
+    becomes.
     """
     real = "float64" if x == "float64" else "float32"
     element = {
@@ -2366,6 +2408,7 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
         "mean": Pointer("float64", "scratch"), "residual": Pointer("float64", "scratch"),
         "rstd": Pointer("float64", "scratch"), "var": Pointer("float64", "scratch"),
         "dgamma": Pointer(x, "out"), "dbeta": Pointer(x, "out"),
+        "param": Pointer(x), "wide": Pointer(dy, "out"),
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
         "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
         "center": types.boolean, "frozen": types.boolean,
