@@ -20,7 +20,9 @@ Everything compiled stands in this one file: Numba's disk cache sees edits to it
 
 from __future__ import annotations
 
+import operator
 from collections import namedtuple
+from collections.abc import Collection
 from functools import cache, cached_property
 from typing import Any
 
@@ -29,7 +31,8 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_name
 from numba import cfunc, njit, prange, types
 from numba.core import cgutils
-from numba.extending import NativeValue, intrinsic, models, register_model, unbox
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, unbox
 
 _BYTE = ir.IntType(8).as_pointer()
 _INPUTS, _SCRATCH = "normkit.inputs", "normkit.scratch"
@@ -74,6 +77,8 @@ _STORED = {
     "float64": ir.DoubleType(),
 }
 DTYPES = tuple(_STORED)
+_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_LINE = 64  #: bytes of a cache line
 
 
 def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
@@ -105,7 +110,7 @@ def load(typing: Any, pointer: Any, index: Any) -> Any:
         if kind.element == "float16":
             return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
         if kind.element == "bfloat16":
-            word = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            word = builder.shl(builder.zext(value, ir.IntType(32)), _word(16))
             return builder.bitcast(word, ir.FloatType())
         return value
 
@@ -142,9 +147,7 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
         if kind.element == "float16":
             value = builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
         elif kind.element == "bfloat16":
-            upper = builder.lshr(
-                _round_to_bfloat16(builder, value), ir.Constant(ir.IntType(32), 16)
-            )
+            upper = builder.lshr(_round_to_bfloat16(builder, value), _word(16))
             value = builder.trunc(upper, ir.IntType(16))
         done = builder.store(value, _element(builder, kind, args[0], args[1]), align=1)
         if kind.role == "scratch":
@@ -157,31 +160,119 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
     return types.void(pointer, types.int64, value), generate
 
 
+class Lanes(types.Type):
+    """As many elements as a cache line has, in float32.
+
+    Loops over them need none for a rest: the last lanes may begin before those before them end. Of
+    bfloat16 elements, the even ones are the first half: each shares a word with the next.
+    """
+
+    def __init__(self, element: str) -> None:
+        self.element, self.count = element, _LINE // _SIZES[element]
+        super().__init__(f"normkit.Lanes({element})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Lanes) -> None:
+        super().__init__(manager, kind, ir.VectorType(ir.FloatType(), kind.count))
+
+
+def _in_memory(element: str, count: int) -> Any:
+    """The LLVM type of `count` elements."""
+    if element == "bfloat16":
+        return ir.VectorType(ir.IntType(32), count // 2)
+    return ir.VectorType(ir.HalfType() if element == "float16" else _STORED[element], count)
+
+
 @intrinsic
-def store_two(typing: Any, pointer: Any, index: Any, first: Any, second: Any) -> Any:
-    """Round two values to bfloat16, as elements `index` and `index` + 1."""
+def load_lanes(typing: Any, pointer: Any, index: Any, like: Any) -> Any:
+    """Elements from `index` on, as many as a line has of those behind `like`, and in their order.
+
+    The pointer is of the same type, or to float32.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word, upper = ir.IntType(32), ir.Constant(ir.IntType(32), 0xFFFF0000)
-        values = args[2:]
-        if signature.args[2] is types.float64:
-            values = [builder.fptrunc(value, ir.FloatType()) for value in values]
-        low, high = (_round_to_bfloat16(builder, value) for value in values)
-        both = builder.or_(builder.lshr(low, ir.Constant(word, 16)), builder.and_(high, upper))
-        at = builder.bitcast(_element(builder, signature.args[0], *args[:2]), word.as_pointer())
-        _mark(builder, builder.store(both, at, align=1), "noalias", _INPUTS, _SCRATCH)
+        kind, count = signature.args[0], lanes.count
+        numbers, stored = (_in_memory(e, count) for e in ("float32", kind.element))
+        at = builder.bitcast(_element(builder, kind, *args[:2]), stored.as_pointer())
+        value = builder.load(at, align=1)
+        _mark(builder, value, "alias.scope", _INPUTS)
+        if kind.element == "bfloat16":
+            low = builder.shl(value, _word(16, count // 2))
+            high = builder.and_(value, _word(0xFFFF0000, count // 2))
+            return builder.bitcast(builder.shuffle_vector(low, high, _words(range(count))), numbers)
+        if kind.element == "float16":
+            return builder.fpext(value, numbers)
+        if kind.element == "float64":  # in calls that do not use it
+            return builder.fptrunc(value, numbers)
+        if lanes.element == "bfloat16":
+            order = [*range(0, count, 2), *range(1, count, 2)]
+            return builder.shuffle_vector(value, value, _words(order))
+        return value
+
+    lanes = Lanes(like.element)
+    return lanes(pointer, types.int64, like), generate
+
+
+@intrinsic
+def store_lanes(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """Round `value` to the element type and store it from `index` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, (pointer, index, value) = signature.args[0], args
+        stored = _in_memory(kind.element, value.type.count)
+        if kind.element == "float16":
+            value = builder.fptrunc(value, stored)
+        elif kind.element == "float64":
+            value = builder.fpext(value, stored)
+        elif kind.element == "bfloat16":
+            words, count = _round_to_bfloat16(builder, value), stored.count
+            low = builder.shuffle_vector(words, words, _words(range(count)))
+            high = builder.shuffle_vector(words, words, _words(range(count, 2 * count)))
+            low = builder.lshr(low, _word(16, count))
+            value = builder.or_(low, builder.and_(high, _word(0xFFFF0000, count)))
+        at = builder.bitcast(_element(builder, kind, pointer, index), stored.as_pointer())
+        _mark(builder, builder.store(value, at, align=1), "noalias", _INPUTS, _SCRATCH)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, first, second), generate
+    return types.void(pointer, types.int64, value), generate
+
+
+def _define(symbol: Any, instruction: str) -> None:
+    """Let lanes be operands of `symbol`, the other one being a number or lanes as well."""
+
+    @infer_global(symbol)
+    class _Typing(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            lanes = args[0]
+            if isinstance(lanes, Lanes) and args[1] in (lanes, types.float32):
+                return lanes(*args)
+            return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first, second = args
+        if signature.args[1] is types.float32:
+            undefined = ir.Constant(first.type, ir.Undefined)
+            one = builder.insert_element(undefined, second, _word(0))
+            second = builder.shuffle_vector(one, undefined, _word(0, first.type.count))
+        return getattr(builder, instruction)(first, second, flags=("contract",))
+
+    lower_builtin(symbol, Lanes, types.float32)(generate)
+    lower_builtin(symbol, Lanes, Lanes)(generate)
+
+
+_define(operator.add, "fadd")
+_define(operator.sub, "fsub")
+_define(operator.mul, "fmul")
 
 
 @intrinsic
 def per_line(typing: Any, pointer: Any) -> Any:
     """Elements to a cache line: known at compile time."""
-    size = np.dtype(pointer.element.replace("bfloat16", "float16")).itemsize
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(ir.IntType(64), 64 // size)
+        return ir.Constant(ir.IntType(64), _LINE // _SIZES[pointer.element])
 
     return types.int64(pointer), generate
 
@@ -211,13 +302,12 @@ fetch_early = _prefetch(far=True)  #: into the second, which holds what is used 
 @intrinsic
 def past_line(typing: Any, pointer: Any, index: Any) -> Any:
     """Elements from the beginning of a cache line to element `index`."""
-    size = np.dtype(pointer.element.replace("bfloat16", "float16")).itemsize
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
         place = builder.ptrtoint(_element(builder, signature.args[0], *args), word)
-        past = builder.and_(place, ir.Constant(word, 63))
-        return builder.udiv(past, ir.Constant(word, size))
+        past = builder.and_(place, ir.Constant(word, _LINE - 1))
+        return builder.udiv(past, ir.Constant(word, _SIZES[pointer.element]))
 
     return types.int64(pointer, types.int64), generate
 
@@ -279,14 +369,26 @@ def settle(typing: Any) -> Any:
     return types.void(), generate
 
 
+def _word(number: int, count: int = 0) -> Any:
+    """A constant, or a vector of `count` of them."""
+    return _words([number] * count) if count else ir.Constant(ir.IntType(32), number)
+
+
+def _words(numbers: Collection[int]) -> Any:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(numbers)), list(numbers))
+
+
 def _round_to_bfloat16(builder: Any, value: Any) -> Any:
-    """The word whose upper half is a float32 rounded to nearest even; arithmetic's NaNs stay."""
-    word = ir.IntType(32)
-    bits = builder.bitcast(value, word)
-    odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-    half = builder.add(odd, ir.Constant(word, 0x7FFF))
+    """The word whose upper half is a float32, or those of several, rounded to nearest even.
+
+    NaNs that arithmetic gives stay NaNs.
+    """
+    count = value.type.count if isinstance(value.type, ir.VectorType) else 0
+    bits = builder.bitcast(value, _word(0, count).type)
+    odd = builder.and_(builder.lshr(bits, _word(16, count)), _word(1, count))
+    half = builder.add(odd, _word(0x7FFF, count))
     number = builder.fcmp_ordered("ord", value, value)
-    return builder.add(bits, builder.select(number, half, ir.Constant(word, 0)))
+    return builder.add(bits, builder.select(number, half, _word(0, count)))
 
 
 @intrinsic(prefer_literal=True)
@@ -954,12 +1056,35 @@ def _centre(x, mean, residual, rstd):
 @elementwise
 def _apply_one(x, y, first, last, factor, high, scale, shift):
     """One parameter for all elements; what is left of the mean is in `shift`."""
-    pairs = (last - first) // 2 if significand(x) == 8 else 0
-    for i in range(pairs):
-        a, b = load_two(x, first + 2 * i)
-        store_two(y, first + 2 * i, (a - high) * scale + shift, (b - high) * scale + shift)
-    for i in range(first + 2 * pairs, last):
+    for i in range(first, last):
         store(y, i, (times(load(x, i), factor, 0) - high) * scale + shift)
+
+
+@elementwise
+def _apply_lanes(x, y, first, last, high, scale, shift):
+    """The same in float32."""
+    many = per_line(x)
+    if last - first < many:
+        _apply_one(x, y, first, last, None, high, scale, shift)
+        return
+    i = first
+    while i + 5 * many <= last:
+        a = (load_lanes(x, i, x) - high) * scale + shift
+        b = (load_lanes(x, i + many, x) - high) * scale + shift
+        c = (load_lanes(x, i + 2 * many, x) - high) * scale + shift
+        d = (load_lanes(x, i + 3 * many, x) - high) * scale + shift
+        store_lanes(y, i, a)
+        store_lanes(y, i + many, b)
+        store_lanes(y, i + 2 * many, c)
+        store_lanes(y, i + 3 * many, d)
+        i += 4 * many
+    while i + 2 * many <= last:
+        store_lanes(y, i, (load_lanes(x, i, x) - high) * scale + shift)
+        i += many
+    a = (load_lanes(x, i, x) - high) * scale + shift
+    b = (load_lanes(x, last - many, x) - high) * scale + shift  # before a is stored: y may be x
+    store_lanes(y, i, a)
+    store_lanes(y, last - many, b)
 
 
 @elementwise
@@ -969,6 +1094,35 @@ def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index
     for i in range(first, last):
         z = (times(load(x, i), factor, 0) - high) * rstd + shift
         store(y, i, z * load(gamma, i + offset) + load(beta, i + offset))
+
+
+@inline
+def _fold_params(call, at, mean, residual, rstd):
+    """(whether that takes float64, high, scale, shift) where y is (x - high)*scale + shift, by the
+    one parameter of a stretch that begins with element `at`.
+    """
+    factor, high, low, scaled = _centre(call.x, mean, residual, rstd)
+    index, _ = _parameter(call.axes, at)
+    scale = scaled * load(call.gamma, index)
+    wide = is_float64(call.x) or _extreme(rstd) or _unsafe(scale)
+    return wide, high, scale, load(call.beta, index) - low * scale
+
+
+@inline
+def _apply_folded(x, y, first, end, high, scale, shift, ahead, streams, buffer):
+    """y of elements first..end in float32, as `_fold_params` has it."""
+    while first < end:
+        last, lines, target = end, False, y
+        if streams:
+            last, lines, target = _next_piece(y, first, end, buffer)
+        elif ahead:
+            last = min(end, first + PIECE * per_line(x))
+            _fetch(x, first + ahead, last + ahead)
+            _fetch(y, first + ahead, last + ahead)
+        _apply_lanes(x, target, first, last, high, scale, shift)
+        if lines:
+            stream(y, first, last, buffer)
+        first = last
 
 
 @inline
@@ -1008,10 +1162,9 @@ def _apply_stretch(
             if wide or _unsafe(scale):
                 _apply_one(x, target, first, last, factor, high, scale, shift)
             else:
-                _apply_one(
-                    x, target, first, last, None, np.float32(high), np.float32(scale),
-                    np.float32(shift),
-                )  # fmt: skip
+                _apply_lanes(
+                    x, target, first, last, np.float32(high), np.float32(scale), np.float32(shift)
+                )
         if lines and last == stop:
             stream(y, begin, stop, buffer)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
@@ -1035,7 +1188,10 @@ def rows_forward(pointer, first, last):
     shift, sums, buffer = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, BUFFER)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    one = np.float32(1.0)
+    high, scale, lift = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
     streams = _streams(x, axes)
+    alike = span % r1 == 0 and (r0 == 1 or _by_column(axes))  # a group has one parameter
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
     if stage == SUMS:
@@ -1049,18 +1205,32 @@ def rows_forward(pointer, first, last):
         group, place, row, at = _find_stretch(axes, parts, first)
         index, end_of_run = _parameter(axes, at)
         ahead = _ahead_of_stretch(x, axes)
-        begin, stop = 0, 0  # of the groups whose statistics are at hand
+        begin, stop, wides = 0, 0, 0  # of the groups whose statistics are at hand
         for _ in range(first, last):
             if not begin <= group < stop:
                 begin = group if r0 == 1 else group - place % SLAB
                 stop = min(begin + SLAB, k0 * k1 if r0 == 1 else group - place + k1)
                 _given_groups(call, begin, stop - begin, mean, residual, rstd)
+                wides = 0
+                for i in range(stop - begin if alike else 0):
+                    m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+                    wide, h, a, b = _fold_params(call, _origin(axes, begin + i), m, e, r)
+                    store(high, i, h)
+                    store(scale, i, a)
+                    store(lift, i, b)
+                    wides += wide
             i = group - begin
-            m, e, r = load(mean, i), load(residual, i), load(rstd, i)
             end = _end_of_stretch(axes, parts, group, place, at)
-            index, end_of_run = _apply_stretch(
-                call, at, end, index, end_of_run, m, e, r, ahead, streams, buffer
-            )
+            if alike and wides == 0:
+                h, a, b = load(high, i), load(scale, i), load(lift, i)
+                _apply_folded(x, call.y, at, end, h, a, b, ahead, streams, buffer)
+            else:
+                m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+                if alike:
+                    index, end_of_run = _parameter(axes, at)
+                index, end_of_run = _apply_stretch(
+                    call, at, end, index, end_of_run, m, e, r, ahead, streams, buffer
+                )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
     else:
@@ -1089,7 +1259,15 @@ def rows_forward(pointer, first, last):
             for i in range(groups if stage == ALL else 0):
                 m, e, r = load(mean, i), load(residual, i), load(rstd, i)
                 at = _origin(axes, begin + i)
-                if r0 > 1:
+                if alike:
+                    wide, h, a, b = _fold_params(call, at, m, e, r)
+                    if not wide:
+                        h, a, b = np.float32(h), np.float32(a), np.float32(b)
+                        for _ in range(r0):
+                            _apply_folded(x, call.y, at, at + r1, h, a, b, later, streams, buffer)
+                            at += k1 * r1
+                        continue
+                if alike or r0 > 1:
                     index, end_of_run = _parameter(axes, at)
                 for _ in range(r0):
                     found = _apply_stretch(
@@ -1200,15 +1378,38 @@ def _weighted_grad_sums(dy, x, first, last, factor, high, low, gamma, index):
 # dx of a group is a line in x plus scale*dy; all of it divided by the factor, to stay in range.
 @elementwise
 def _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift):
-    pairs = (last - first) // 2 if significand(x) == significand(dy) == 8 else 0
-    for i in range(pairs):
-        g, h = load_two(dy, first + 2 * i)
-        a, b = load_two(x, first + 2 * i)
-        line, next_line = (a - high) * slope + shift, (b - high) * slope + shift
-        store_two(dx, first + 2 * i, g * scale + line, h * scale + next_line)
-    for i in range(first + 2 * pairs, last):
+    for i in range(first, last):
         line = (times(load(x, i), factor, 0) - high) * slope + shift
         store(dx, i, times(load(dy, i) * scale + line, factor, 0))
+
+
+@elementwise
+def _dx_of_lanes(dy, x, i, high, scale, slope, shift):
+    line = (load_lanes(x, i, x) - high) * slope + shift
+    return load_lanes(dy, i, x) * scale + line
+
+
+@elementwise
+def _dx_lanes(dy, x, dx, first, last, high, scale, slope, shift):
+    """The same in float32."""
+    many = per_line(x)
+    if last - first < many:
+        _dx_one(dy, x, dx, first, last, None, high, scale, slope, shift)
+        return
+    i = first
+    while i + 4 * many <= last:
+        a = _dx_of_lanes(dy, x, i, high, scale, slope, shift)
+        b = _dx_of_lanes(dy, x, i + many, high, scale, slope, shift)
+        store_lanes(dx, i, a)
+        store_lanes(dx, i + many, b)
+        i += 2 * many
+    while i + 2 * many <= last:
+        store_lanes(dx, i, _dx_of_lanes(dy, x, i, high, scale, slope, shift))
+        i += many
+    a = _dx_of_lanes(dy, x, i, high, scale, slope, shift)
+    b = _dx_of_lanes(dy, x, last - many, high, scale, slope, shift)
+    store_lanes(dx, i, a)
+    store_lanes(dx, last - many, b)
 
 
 @elementwise
@@ -1345,9 +1546,9 @@ def _apply_grad_stretch(
             if wide or _unsafe(scale):
                 _dx_one(dy, x, target, first, last, factor, high, scale, slope, shift)
             else:
-                _dx_one(
-                    dy, x, target, first, last, None, np.float32(high),
-                    np.float32(scale), np.float32(slope), np.float32(shift),
+                _dx_lanes(
+                    dy, x, target, first, last, np.float32(high), np.float32(scale),
+                    np.float32(slope), np.float32(shift),
                 )  # fmt: skip
         if lines and last == stop:
             stream(dx, begin, stop, buffer)
