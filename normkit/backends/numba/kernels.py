@@ -436,6 +436,30 @@ def times(typing: Any, value: Any, factor: Any, index: Any) -> Any:
 
 
 @intrinsic
+def shifted(typing: Any, value: Any, shift: Any, index: Any, like: Any) -> Any:
+    """`value` in the type of number `like`; a float64 one less one of several numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds = signature.args
+        if kinds[0] is types.float64:
+            return builder.fsub(args[0], builder.load(_element(builder, kinds[1], *args[1:3])))
+        return args[0] if like is types.float32 else builder.fpext(args[0], ir.DoubleType())
+
+    return like(value, shift, types.int64, like), generate
+
+
+@intrinsic
+def zero_of_few(typing: Any, pointer: Any) -> Any:
+    """A zero of the type that a few elements and their squares are added up in."""
+    kind = types.float64 if pointer.element in ("float32", "float64") else types.float32
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(kind, 0.0)
+
+    return kind(pointer), generate
+
+
+@intrinsic
 def is_float64(typing: Any, pointer: Any) -> Any:
     """Whether the elements are computed in float64: known at compile time."""
 
@@ -691,9 +715,10 @@ def _fetch_early(pointer, first, last):
 def _streams(x, axes):
     """Whether to write the result past the caches, by way of a buffer."""
     k0, r0, k1, r1, params, span = axes
-    stretch = r0 * k1 * r1 if r1 < SHORT else r1
     many = k0 * r0 * k1 * r1 >= STREAMED * per_line(x)
-    return STREAMS and many and stretch >= LONG * per_line(x)
+    if r1 < SHORT:  # rows of columns
+        return STREAMS and many and k1 * r1 % per_line(x) == 0
+    return STREAMS and many and r1 >= LONG * per_line(x)
 
 
 @inline
@@ -1714,22 +1739,56 @@ def _side_by_side(axes, columns):
 
 
 @elementwise
-def _sum_columns(x, at, stride, rows, first, last, shift, sums, to):
-    """Add those of `rows` rows to the columns' sums of x - shift, and of its square."""
+def _sum_columns(x, at, stride, rows, first, last, shift, zero, sums, to):
+    """Add those of `rows` rows to the columns' sums of x - shift, and of its square.
+
+    The rows are added up in the type of `zero`.
+    """
     for j in range(first, last):
-        k = load(shift, j) if is_float64(x) else 0.0
-        s = q = 0.0
+        s = q = zero
         for row in range(rows):
-            d = np.float64(load(x, at + row * stride + j)) - k
+            d = shifted(load(x, at + row * stride + j), shift, j, zero)
             s += d
             q += d * d
         store(sums, to + j, load(sums, to + j) + s)
         store(sums, to + SLAB + j, load(sums, to + SLAB + j) + q)
 
 
-@plain
+@inline
 def _column_sums(call, unit, part, shift, sums, to):
     """Sums of one part of a slab: a block of rows."""
+    _add_columns(call, unit, part, shift, zero_of_few(call.x), sums, to)
+    if significand(call.x) < 24:
+        _mend_columns(call, unit, part, shift, sums, to)
+
+
+@reduction
+def _lost(x, count, columns, sums, to):
+    """How many columns' sums of `count` elements float32 did not keep."""
+    lost = 0
+    for j in range(columns):
+        lost += not _is_kept(x, load(sums, to + j), load(sums, to + SLAB + j), count)
+    return lost
+
+
+@plain
+def _mend_columns(call, unit, part, shift, sums, to):
+    """Sum again, in float64, the columns whose sums float32 did not keep."""
+    r0, parts = call.axes[1], call.parts
+    _, _, _, columns, _ = _slab(call.axes, unit)
+    count = (part + 1) * r0 // parts - part * r0 // parts
+    if _lost(call.x, count, columns, sums, to):
+        wide = scratch(0.0, PAIR)
+        _add_columns(call, unit, part, shift, 0.0, wide, 0)
+        for j in range(columns):
+            if _lost(call.x, count, 1, sums, to + j):
+                store(sums, to + j, load(wide, j))
+                store(sums, to + SLAB + j, load(wide, SLAB + j))
+
+
+@plain
+def _add_columns(call, unit, part, shift, zero, sums, to):
+    """`_column_sums`, a few rows being added up in the type of `zero`."""
     k0, r0, k1, r1, params, span = call.axes
     _, _, _, columns, origin = _slab(call.axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
@@ -1744,14 +1803,18 @@ def _column_sums(call, unit, part, shift, sums, to):
             if ahead:
                 _fetch_share(call.x, at, many * stride, 8, wide, first)
             last = min(first + strip, wide)
-            _sum_columns(call.x, at, many * stride, 8, first, last, shift, sums, to)
+            _sum_columns(call.x, at, many * stride, 8, first, last, shift, zero, sums, to)
         row += 8 * many
-    zero = np.int64(0)  # for a literal, what it is given to would be compiled once more
+    begin = np.int64(0)  # for a literal, what it is given to would be compiled once more
     while row + 8 <= end:
-        _sum_columns(call.x, origin + row * stride, stride, 8, zero, columns, shift, sums, to)
+        _sum_columns(
+            call.x, origin + row * stride, stride, 8, begin, columns, shift, zero, sums, to
+        )
         row += 8
     while row < end:
-        _sum_columns(call.x, origin + row * stride, stride, 1, zero, columns, shift, sums, to)
+        _sum_columns(
+            call.x, origin + row * stride, stride, 1, begin, columns, shift, zero, sums, to
+        )
         row += 1
     _gather_pair(sums, to, many, columns)
 
