@@ -22,7 +22,7 @@ _FEW_PARTS, _PART_ROWS = 16, 1 << 12  #: of columns: their sums then are below 1
 _SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
-_NO_UPDATE = (None, None, 0, 0.0, 0.0)
+_NO_UPDATE = None, None, 0, 0.0, 0.0
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
@@ -114,25 +114,35 @@ def _default(value: float, work: Work) -> Array:
     )
 
 
-def _param(param: Array | None, default: float, work: Work) -> Array:
-    """gamma or beta as the kernels read it."""
+def _params(gamma: Array | None, beta: Array | None, work: Work) -> tuple[Array, Array, int]:
+    """gamma and beta as the kernels read them, and of which kinds they are."""
+    gamma, narrow_gamma = _param(gamma, 1.0, work)
+    beta, narrow_beta = _param(beta, 0.0, work)
+    return gamma, beta, k.NARROW_GAMMA * narrow_gamma | k.NARROW_BETA * narrow_beta
+
+
+def _param(param: Array | None, default: float, work: Work) -> tuple[Array, bool]:
+    """A parameter as the kernels read it, and whether they are to widen it themselves."""
     if param is None:
-        return _default(default, work)
+        return _default(default, work), False
     if work.as_given and param.dtype == work.real:
-        return param
-    kernel = k.compiled(k.widen, k.Widen, _name(param.dtype), _name(work.real))
+        return param, False
+    name = _name(param.dtype)
+    if work.as_given and name == work.dtype and param.size <= k.ROW_LIMIT:
+        return param, True
+    kernel = k.compiled(k.widen, k.Widen, name, _name(work.real))
     wide = np.empty(work.axes.params, work.real)
     call = (param, wide, param.size, work.repeat, work.tile)
     kernel.run(kernel.address, call, -(-param.size // k.CHUNK))
-    return wide
+    return wide, False
 
 
-def _running(update: Update | None, eps: float | None) -> tuple[Any, ...]:
-    """Running statistics as the kernels take them."""
+def _running(update: Update | None, eps: float | None, kinds: int = 0) -> tuple[Any, ...]:
+    """Running statistics as the kernels take them, and kinds of other things beside theirs."""
     if update is None:
-        return _NO_UPDATE
+        return None, None, kinds, 0.0, 0.0
     mean, spread, factor, momentum, _ = update
-    kinds = k.WIDE_MEAN if mean.dtype.itemsize == 8 else 0
+    kinds |= k.WIDE_MEAN if mean.dtype.itemsize == 8 else 0
     kinds |= k.WIDE_SPREAD if spread.dtype.itemsize == 8 else 0
     kinds |= k.DEVIATION if eps is None else 0
     return mean, spread, kinds, factor or 0.0, momentum
@@ -164,7 +174,7 @@ class Numba(Backend):
     def normalize(
         self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
     ) -> None:
-        self._apply(_work(axes, x.dtype), x, gamma, beta, y, stats, _NO_UPDATE, 0.0)
+        self._apply(_work(axes, x.dtype), x, gamma, beta, y, stats)
 
     def forward(
         self,
@@ -181,15 +191,15 @@ class Numba(Backend):
     ) -> Stats:
         work = _work(axes, x.dtype)
         threads = self._pool.threads(x.size)
-        running = _running(update, eps)
         if work.scarce(threads):
             stats = self._stats(work)
-            self._by_parts(work, x, stats, running, eps, center, threads)
-            self._apply(work, x, gamma, beta, y, stats, _NO_UPDATE, 0.0)
+            self._by_parts(work, x, stats, _running(update, eps), eps, center, threads)
+            self._apply(work, x, gamma, beta, y, stats)
             return stats
         stats = self._stats(work) if keep else _NONE
+        gamma, beta, kinds = _params(gamma, beta, work)
         call = (
-            x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats[:4], None, *running,
+            x, y, gamma, beta, *stats[:4], None, *_running(update, eps, kinds),
             work.axes, eps, center, k.ALL, 0, work.parts,
         )  # fmt: skip
         self._pool.run(work.forward, call, work.units, threads)
@@ -206,8 +216,8 @@ class Numba(Backend):
         beta: Array | None,
         y: Array,
     ) -> None:
-        running = _running(Update(mean, spread, None, 0.0), eps)
-        self._apply(_work(axes, x.dtype), x, gamma, beta, y, _NONE, running, eps or 0.0)
+        update = Update(mean, spread, None, 0.0)
+        self._apply(_work(axes, x.dtype), x, gamma, beta, y, _NONE, update, eps)
 
     def prepare(
         self,
@@ -226,10 +236,11 @@ class Numba(Backend):
         work, elements = _work(axes, x.dtype), x.size
         if not frozen and work.scarce(self._pool.threads(elements)):  # several launches
             return None
-        as_given = work.as_given and all(p is None or p.dtype == work.real for p in (gamma, beta))
+        *as_read, kinds = _params(gamma, beta, work)
+        direct = all(p is None or p is read for p, read in zip((gamma, beta), as_read, strict=True))
         run, threads = self._pool.run, self._pool.threads
         stage, tasks = (k.APPLY, work.windows) if frozen else (k.ALL, work.units)
-        kinds, factor, momentum = _running(update, eps)[2:]
+        kinds, factor, momentum = _running(update, eps, kinds)[2:]
         numbers = (kinds, factor, momentum, work.axes, eps or 0.0, center, stage, 0, work.parts)
 
         def launch(
@@ -241,10 +252,8 @@ class Numba(Backend):
             spread: Array | None,
             keep: bool,
         ) -> Stats | None:
-            if gamma is None or not as_given:
-                gamma = _param(gamma, 1.0, work)
-            if beta is None or not as_given:
-                beta = _param(beta, 0.0, work)
+            if gamma is None or beta is None or not direct:
+                gamma, beta, _ = _params(gamma, beta, work)
             stats = self._stats(work) if keep and not frozen else _NONE
             call = (x, y, gamma, beta, *stats[:4], None, mean, spread, *numbers)
             run(work.forward, call, tasks, threads(elements))
@@ -266,13 +275,14 @@ class Numba(Backend):
         beta: Array | None,
         y: Array,
         stats: Stats,
-        running: tuple[Any, ...],
-        eps: float,
+        update: Update | None = None,
+        eps: float | None = 0.0,
     ) -> None:
         """y from given statistics: those of the groups, or running ones."""
+        gamma, beta, kinds = _params(gamma, beta, work)
         call = (
-            x, y, _param(gamma, 1.0, work), _param(beta, 0.0, work), *stats[:4], None, *running,
-            work.axes, eps, True, k.APPLY, 0, work.parts,
+            x, y, gamma, beta, *stats[:4], None, *_running(update, eps, kinds),
+            work.axes, eps or 0.0, True, k.APPLY, 0, work.parts,
         )  # fmt: skip
         self._pool.run(work.forward, call, work.windows, self._pool.threads(x.size))
 
@@ -311,7 +321,8 @@ class Numba(Backend):
         work = _work(axes, x.dtype, affine is not None)
         parts, units = work.parts, work.units
         k0, r0, k1, r1, params, span = work.axes
-        gamma = _param(gamma, 1.0, work)
+        gamma, narrow = _param(gamma, 1.0, work)
+        kinds = k.NARROW_GAMMA * narrow
         threads = self._pool.threads(x.size)
         dy_name = _name(dy.dtype)
 
@@ -319,7 +330,7 @@ class Numba(Backend):
             kernel: Any, stage: int, tasks: int, partial: Any, sums: Any, rows: int = 0
         ) -> None:
             call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums)
-            numbers = (work.axes, center, frozen, stage, parts, rows)
+            numbers = (kinds, work.axes, center, frozen, stage, parts, rows)
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
             self._pool.run(compiled, call + numbers, tasks, threads)
 

@@ -43,7 +43,8 @@ class Pointer(types.Type):
     """Where the elements of a C-contiguous array begin; NULL for None.
 
     Loads from "in", stores to "out" and both to "scratch" memory are told apart, so that LLVM need
-    not ask whether they overlap: y may be x, since an element is stored after it was loaded.
+    not ask whether they overlap: y may be x, since an element is stored after it was loaded. What
+    is stored to "own" memory may be loaded from by any.
     """
 
     def __init__(self, dtype: str = "void", role: str = "in") -> None:
@@ -153,7 +154,7 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
         if kind.role == "scratch":
             _mark(builder, done, "alias.scope", _SCRATCH)
             _mark(builder, done, "noalias", _INPUTS)
-        else:
+        elif kind.role == "out":
             _mark(builder, done, "noalias", _INPUTS, _SCRATCH)
         return context.get_dummy_value()
 
@@ -491,6 +492,46 @@ def as_float64(typing: Any, pointer: Any) -> Any:
 
 
 @intrinsic
+def as_elements(typing: Any, pointer: Any, like: Any) -> Any:
+    """The pointer, to elements of the type of those behind `like`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0]
+
+    return Pointer(like.element, pointer.role)(pointer, like), generate
+
+
+def _in_role(role: str) -> Any:
+    def change(typing: Any, pointer: Any) -> Any:
+        """The pointer, with which another role is played."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return args[0]
+
+        return Pointer(pointer.element, role)(pointer), generate
+
+    return intrinsic(change)
+
+
+own = _in_role("own")  #: scratch memory, to be written before it is
+as_input = _in_role("in")  #: an input
+
+
+@intrinsic
+def with_params(typing: Any, call: Any, gamma: Any, beta: Any) -> Any:
+    """The tuple `call`, its parameters being these."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = args[0]
+        for name, pointer in zip(("gamma", "beta"), args[1:], strict=True):
+            if name in call.fields:
+                value = builder.insert_value(value, pointer, call.fields.index(name))
+        return value
+
+    return call(call, gamma, beta), generate
+
+
+@intrinsic
 def given(typing: Any, pointer: Any) -> Any:
     """Whether a pointer is not NULL."""
 
@@ -584,7 +625,7 @@ Forward = namedtuple(
 )
 Backward = namedtuple(
     "Backward",
-    "dy x dx gamma mean residual rstd partial sums axes center frozen stage parts rows",
+    "dy x dx gamma mean residual rstd partial sums kinds axes center frozen stage parts rows",
 )
 Fold = namedtuple(
     "Fold",
@@ -594,6 +635,25 @@ Widen = namedtuple("Widen", "param wide params repeat tile")
 
 #: Kinds of running statistics: float64 instead of float32; a standard deviation, not a variance.
 WIDE_MEAN, WIDE_SPREAD, DEVIATION = 1, 2, 4
+#: Kinds of parameters: of x's dtype, not of the arithmetic one.
+NARROW_GAMMA, NARROW_BETA = 8, 16
+
+
+@inline
+def _with_own_params(call, beta, gamma_buffer, beta_buffer):
+    """`call` with its parameters in float32, in this thread's memory, where they are halves.
+
+    If one thread converted them for all, each cache line would take the others 40 ns.
+    """
+    params, gamma = call.axes[4], call.gamma
+    if significand(call.x) < 24:
+        if call.kinds & NARROW_GAMMA:
+            _copy_run(as_elements(gamma, call.x), 0, own(gamma_buffer), 0, params)
+            gamma = as_input(gamma_buffer)
+        if call.kinds & NARROW_BETA:
+            _copy_run(as_elements(beta, call.x), 0, own(beta_buffer), 0, params)
+            beta = as_input(beta_buffer)
+    return with_params(call, gamma, beta)
 
 
 @inline
@@ -1208,6 +1268,8 @@ def _shift(call, group, again, mean, i):
 def rows_forward(pointer, first, last):
     """A unit is a group, its parts are stretches of memory."""
     call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    call = _with_own_params(call, call.beta, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
     shift, sums, buffer = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, BUFFER)
@@ -1585,6 +1647,9 @@ def _apply_grad_stretch(
 def rows_backward(pointer, first, last):
     """A unit is a group, its parts are stretches of memory."""
     call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    wide_gamma = scratch(zero, ROW_LIMIT)
+    call = _with_own_params(call, call.gamma, wide_gamma, wide_gamma)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
     streams, buffer = _streams(x, axes), scratch(0.0, BUFFER)
@@ -1639,9 +1704,11 @@ def rows_backward(pointer, first, last):
 def rows_backward_params(pointer, first, last):
     """A task is a block of `rows` rows: dx, and the block's share of dgamma and dbeta."""
     call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    wide_gamma = scratch(zero, ROW_LIMIT)
+    call = _with_own_params(call, call.gamma, wide_gamma, wide_gamma)
     dy, x, dx, gamma, sums = call.dy, call.x, call.dx, call.gamma, call.sums
     k0, r0, k1, r1, params, span = call.axes
-    zero = real(x, 0.0)
     dgamma, dbeta = scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)
     for block in range(first, last):
         end = min((block + 1) * call.rows, k0)
@@ -2125,6 +2192,8 @@ def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scal
 def columns_forward(pointer, first, last):
     """A unit is a slab of columns, or a window for APPLY; its parts are blocks of rows."""
     call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    call = _with_own_params(call, call.beta, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
     x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
     shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIRS)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -2438,6 +2507,9 @@ def _apply_column_grads(
 def columns_backward(pointer, first, last):
     """A unit is a slab of columns, its parts are blocks of rows."""
     call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    wide_gamma = scratch(zero, ROW_LIMIT)
+    call = _with_own_params(call, call.gamma, wide_gamma, wide_gamma)
     parts, stage, r0 = call.parts, call.stage, call.axes[1]
     sums = scratch(0.0, PAIRS)
     factor, high, buffer = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, BUFFER)
