@@ -428,6 +428,36 @@ def test_gradients_of_dy_whose_sums_leave_float32(backend: str, xp: Any) -> None
 
 
 @kernels
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1030, 6), (9, 6, 700)], ids=str)
+def test_halves_far_from_zero_have_exact_statistics(
+    shape: tuple[int, ...], dtype: str, backend: str, xp: Any
+) -> None:
+    """Whose squares float32 could not add up; and those beside them keep their bits."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape)
+    means = [0.0, 3.0, 4.5, 100.0, 0.0, 1e-30 if dtype == "bfloat16" else 1e-5]
+    scales = [1.0, 1.0, 1.0, 0.5, 0.0, means[-1]]
+    channels = (6, *[1] * (x.ndim - 2))
+    x = (x * np.reshape(scales, channels) + np.reshape(means, channels)).astype(dtype)
+
+    def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, var = xp.zeros(x.shape[1]), xp.zeros(x.shape[1])
+        nk.batch_norm(xp.asarray(x), running_mean=mean, running_var=var, momentum=1.0)
+        return numpy(mean), numpy(var)
+
+    mean, var = statistics(x)
+    wide, axes = x.astype("float64"), (0, *range(2, x.ndim))
+    np.testing.assert_allclose(mean, wide.mean(axes), rtol=2e-6, atol=1e-300)
+    np.testing.assert_allclose(var, wide.var(axes, ddof=1), rtol=2e-6)
+    for i in range(6):
+        others = rng.normal(size=shape).astype(dtype)
+        others[:, i] = x[:, i]
+        mean_then, var_then = statistics(others)
+        assert same_bits(mean_then[i], mean[i]) and same_bits(var_then[i], var[i]), i
+
+
+@kernels
 def test_parameters_that_repeat_along_a_row_have_exact_gradients(backend: str, xp: Any) -> None:
     x = np.random.default_rng(0).normal(size=(4, 256, 511)).astype("float32")
     dy, ones = np.full_like(x, 0.1), np.ones(511, "float32")
