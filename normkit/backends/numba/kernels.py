@@ -1196,6 +1196,8 @@ def _fold_params(call, at, mean, residual, rstd):
 @inline
 def _apply_folded(x, y, first, end, high, scale, shift, ahead, streams, buffer):
     """y of elements first..end in float32, as `_fold_params` has it."""
+    if streams:
+        fetch(y, end - 1)
     while first < end:
         last, lines, target = end, False, y
         if streams:
@@ -1220,6 +1222,8 @@ def _apply_stretch(
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     wide = is_float64(x) or _extreme(rstd)
     target, lines, begin, stop = y, False, first, first
+    if streams:
+        fetch(y, end - 1)
     while first < end:
         last = min(end, end_of_run)
         if streams:
@@ -1606,6 +1610,8 @@ def _apply_grad_stretch(
     slope, shift = _line(call, s, p, low, scaled)
     wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
     target, lines, begin, stop = dx, False, first, first
+    if streams:
+        fetch(dx, end - 1)
     while first < end:
         last = min(end, end_of_run)
         if streams:
