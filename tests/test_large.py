@@ -22,8 +22,11 @@ LARGE: dict[str, Any] = {
     "rms": (nk.rms_norm, {"axis": (1, 2), "param_axis": 1}, (65, 4047), None),
     "group": (nk.group_norm, {"num_groups": 5}, (65, 64, 64), None),
     "group, channels last": (nk.group_norm, {"num_groups": 5}, (65, 64, 64), 1),
+    "group, lines of channels": (nk.group_norm, {"num_groups": 6}, (96, 52, 53), 1),
     "instance": (nk.instance_norm, {}, (97, 52, 53), None),
     "instance, channels last": (nk.instance_norm, {}, (97, 52, 53), 1),
+    "instance, lines of channels": (nk.instance_norm, {}, (96, 52, 53), 1),
+    "instance, a line": (nk.instance_norm, {}, (8192, 32), None),
 }
 
 
@@ -56,12 +59,15 @@ def test_samples_have_the_same_bits_in_a_large_batch(call: str, dtype: str) -> N
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("channels", [64, 65])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_large_batches_are_normalised_in_place_as_elsewhere(dtype: str, last: bool) -> None:
+def test_large_batches_are_normalised_in_place_as_elsewhere(
+    dtype: str, channels: int, last: bool
+) -> None:
     rng = np.random.default_rng(2)
-    x = rng.standard_normal((60, 65, 44, 45), "float32").astype(dtype)
+    x = rng.standard_normal((60, channels, 44, 45), "float32").astype(dtype)
     x = np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1) if last else x
-    gamma, beta, mean = (rng.standard_normal(65, "float32") for _ in range(3))
+    gamma, beta, mean = (rng.standard_normal(channels, "float32") for _ in range(3))
     given = {"running_mean": mean, "running_var": mean**2, "training": False}
     with nk.use_backend("reference"):
         exact = nk.batch_norm(x[:2], gamma, beta, **given)
@@ -81,7 +87,9 @@ def test_large_batches_are_normalised_in_place_as_elsewhere(dtype: str, last: bo
         (nk.layer_norm, (9300, 1361)),
         (nk.instance_norm, (9, 3, 480_001)),
         (nk.batch_norm, (140_000, 97)),
-        (nk.batch_norm, (140_000, 259)),
+        (nk.batch_norm, (140_000, 96)),
+        (nk.batch_norm, (140_000, 288)),
+        (nk.layer_norm, (400_000, 32)),
     ],
 )
 def test_large_results_may_begin_anywhere(

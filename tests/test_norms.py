@@ -246,7 +246,11 @@ def test_broadcast_arrays(case: Case, dtype: str, backend: str, xp: Any) -> None
     assert got["y"].strides == got["dx"].strides == xp.empty_like(given["x"]).strides
 
 
-@pytest.mark.parametrize("case", [case for case in SMALL if case.size > 60][::4], ids=str)
+MIXED = [case for case in SMALL if case.size > 60][::4]
+MIXED.append(Case(nk.instance_norm, (2, 3, 49)))
+
+
+@pytest.mark.parametrize("case", MIXED, ids=str)
 def test_dtypes_mix(case: Case, backend: str, xp: Any) -> None:
     """gamma, beta and dy may each have another dtype than x; only x decides that of y."""
     for i, (dtype, gamma_dtype) in enumerate(itertools.product(DTYPES, DTYPES)):
@@ -373,7 +377,7 @@ ALONE = [
 
 
 @kernels
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ALONE, ids=str)
 def test_a_sample_has_the_same_bits_alone(case: Case, dtype: str, backend: str, xp: Any) -> None:
     inputs = to_device(case.inputs(dtype), xp)
@@ -389,6 +393,23 @@ def test_a_sample_has_the_same_bits_alone(case: Case, dtype: str, backend: str, 
                 y_alone, pullback = case.vjp(inputs | {"x": cut(x)})
                 assert same_bits(y_alone[0], y[i]), (layout, i)
                 assert same_bits(pullback(cut(dy)).x[0], dx[i]), (layout, i)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 40), (3, 40, 99)], ids=str)
+def test_a_sample_is_inferred_alone_as_in_a_batch(
+    shape: tuple[int, ...], dtype: str, backend: str, xp: Any
+) -> None:
+    """Beside a parameter that takes wider arithmetic, too."""
+    rng = np.random.default_rng(0)
+    x = xp.asarray(rng.normal(size=shape).astype(dtype))
+    gamma, beta, mean, var = (rng.uniform(0.5, 2, 40).astype("float32") for _ in range(4))
+    gamma[7] = 1e-35
+    params = xp.asarray(gamma), xp.asarray(beta)
+    given = {"running_mean": xp.asarray(mean), "running_var": xp.asarray(var), "training": False}
+    alone, together = (nk.batch_norm(some, *params, **given) for some in (x[:1], x))
+    assert same_bits(alone, together[:1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -454,7 +475,8 @@ def test_halves_far_from_zero_have_exact_statistics(
         others = rng.normal(size=shape).astype(dtype)
         others[:, i] = x[:, i]
         mean_then, var_then = statistics(others)
-        assert same_bits(mean_then[i], mean[i]) and same_bits(var_then[i], var[i]), i
+        assert same_bits(mean_then[i], mean[i]), i
+        assert same_bits(var_then[i], var[i]), i
 
 
 @kernels

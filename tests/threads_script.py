@@ -101,6 +101,7 @@ def same_bits_for_any_number_of_threads() -> str:
         numba.set_num_threads(threads)
         together = results(("tiny", "large", "long"))
         together += results(("tiny", "large"), ("bfloat16", "float64"))
+        together += results(("long",), ("float16", "bfloat16"))
         if threads == 1:
             alone = together
         different += [(threads, i) for i in range(len(alone)) if alone[i] != together[i]]

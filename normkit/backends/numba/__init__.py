@@ -43,7 +43,7 @@ class Work:
 
     @cached_property
     def as_given(self) -> bool:
-        """Whether the kernels read parameters as they are."""
+        """Whether the kernels read parameters neither repeated nor tiled."""
         return self.repeat == self.tile == 1
 
     @cached_property

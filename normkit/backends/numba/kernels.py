@@ -8,12 +8,13 @@ serve all axes (k0, r0, k1, r1), by what is contiguous:
 rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
 columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
 
-Sums are float64, but float32 adds up a few hundred products of halves before they enter. float32
-and the half types, whose squares float64 holds exactly, take one pass: the variance is the mean
-square less the squared mean, which loses to rounding at most 2**-30 of itself where the mean is
-below 1000 standard deviations. A group whose mean is above, and all float64 data, are summed about
-an element, then about the mean. Elements are then centred before they are scaled, in their
-arithmetic type, or in float64 where a statistic is extreme.
+Sums are float64. float32 and the half types, whose squares float64 holds exactly, take one pass:
+the variance is the mean square less the squared mean, which loses to rounding at most 2**-30 of
+itself where the mean is below 1000 standard deviations. A group whose mean is above, and all
+float64 data, are summed about an element, then about the mean. Where a mean of halves is below 4
+standard deviations, float32 adds up a few hundred products before they enter a sum: the variance
+is off by some 2**-22. Elements are then centred before they are scaled, in their arithmetic type,
+or in float64 where a statistic is extreme.
 
 Everything compiled stands in this one file: Numba's disk cache sees edits to it, and to no other.
 """
@@ -43,8 +44,8 @@ class Pointer(types.Type):
     """Where the elements of a C-contiguous array begin; NULL for None.
 
     Loads from "in", stores to "out" and both to "scratch" memory are told apart, so that LLVM need
-    not ask whether they overlap: y may be x, since an element is stored after it was loaded. What
-    is stored to "own" memory may be loaded from by any.
+    not ask whether they overlap: y may be x, since an element is stored after it was loaded. "own"
+    memory may be any of these.
     """
 
     def __init__(self, dtype: str = "void", role: str = "in") -> None:
@@ -198,7 +199,8 @@ def load_lanes(typing: Any, pointer: Any, index: Any, like: Any) -> Any:
         numbers, stored = (_in_memory(e, count) for e in ("float32", kind.element))
         at = builder.bitcast(_element(builder, kind, *args[:2]), stored.as_pointer())
         value = builder.load(at, align=1)
-        _mark(builder, value, "alias.scope", _INPUTS)
+        if kind.role == "in":
+            _mark(builder, value, "alias.scope", _INPUTS)
         if kind.element == "bfloat16":
             low = builder.shl(value, _word(16, count // 2))
             high = builder.and_(value, _word(0xFFFF0000, count // 2))
@@ -334,8 +336,8 @@ def stream(typing: Any, pointer: Any, first: Any, last: Any, buffer: Any) -> Any
         word, line = ir.IntType(64), ir.VectorType(ir.IntType(32), 16).as_pointer()
         begin, end = (_element(builder, kind, pointer, index) for index in (first, last))
         begin, end = (builder.ptrtoint(place, word) for place in (begin, end))
-        mask = ir.Constant(word, -64)
-        inner = builder.and_(builder.add(begin, ir.Constant(word, 63)), mask)
+        mask = ir.Constant(word, -_LINE)
+        inner = builder.and_(builder.add(begin, ir.Constant(word, _LINE - 1)), mask)
         inner = builder.select(builder.icmp_unsigned("<", inner, end), inner, end)
         outer = builder.and_(end, mask)
         outer = builder.select(builder.icmp_unsigned(">", outer, inner), outer, inner)
@@ -349,9 +351,9 @@ def stream(typing: Any, pointer: Any, first: Any, last: Any, buffer: Any) -> Any
 
         copy(begin, inner)
         one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        with cgutils.for_range_slice(builder, inner, outer, ir.Constant(word, 64)) as (place, _):
+        with cgutils.for_range_slice(builder, inner, outer, ir.Constant(word, _LINE)) as (place, _):
             value = builder.load(builder.bitcast(source(place), line), align=1)
-            done = builder.store(value, builder.inttoptr(place, line), align=64)
+            done = builder.store(value, builder.inttoptr(place, line), align=_LINE)
             done.set_metadata("nontemporal", one)
         copy(outer, end)
         return context.get_dummy_value()
@@ -401,7 +403,7 @@ def scratch(typing: Any, like: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
             memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size))
-            memory.align = 64  # a vector of 512 bits then is in one cache line
+            memory.align = _LINE  # a vector of 512 bits then is in one cache line
         return builder.bitcast(memory, _BYTE)
 
     return kind(like, count), generate
@@ -503,7 +505,7 @@ def as_elements(typing: Any, pointer: Any, like: Any) -> Any:
 
 def _in_role(role: str) -> Any:
     def change(typing: Any, pointer: Any) -> Any:
-        """The pointer, with which another role is played."""
+        """The pointer in another role."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return args[0]
@@ -513,22 +515,19 @@ def _in_role(role: str) -> Any:
     return intrinsic(change)
 
 
-own = _in_role("own")  #: scratch memory, to be written before it is
-as_input = _in_role("in")  #: an input
+own = _in_role("own")  #: what LLVM is to know nothing of
+as_input = _in_role("in")  #: what is not written to any more
 
 
-@intrinsic
-def with_params(typing: Any, call: Any, gamma: Any, beta: Any) -> Any:
-    """The tuple `call`, its parameters being these."""
+@intrinsic(prefer_literal=True)
+def replaced(typing: Any, call: Any, field: Any, value: Any) -> Any:
+    """The tuple `call` with another value of `field`, a literal."""
+    place = call.fields.index(field.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = args[0]
-        for name, pointer in zip(("gamma", "beta"), args[1:], strict=True):
-            if name in call.fields:
-                value = builder.insert_value(value, pointer, call.fields.index(name))
-        return value
+        return builder.insert_value(args[0], args[2], place)
 
-    return call(call, gamma, beta), generate
+    return call(call, field, value), generate
 
 
 @intrinsic
@@ -591,7 +590,7 @@ inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
 NARROW = 512  #: products of halves that float32 adds up before they enter a float64 sum
-CHUNK = 4096  #: elements of a stretch that are summed by one vector loop
+CHUNK = 4096  #: elements of a stretch that are summed, or of a parameter that are widened, at once
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
@@ -610,7 +609,7 @@ SLAB = 256  #: columns that one task of the columns family sums side by side
 TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
-ROW_LIMIT = 4096  #: longest row whose parameter gradients are summed on the stack
+ROW_LIMIT = 4096  #: parameters that a thread keeps on its stack: their gradients, or wider copies
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
 #: Stages of a kernel. SUMS: a task is one part of a unit. FINISH: a task is a unit, whose parts
@@ -640,20 +639,15 @@ NARROW_GAMMA, NARROW_BETA = 8, 16
 
 
 @inline
-def _with_own_params(call, beta, gamma_buffer, beta_buffer):
-    """`call` with its parameters in float32, in this thread's memory, where they are halves.
+def _own_param(call, param, kind, buffer):
+    """`param` in the arithmetic type: in this thread's `buffer`, if call.kinds has `kind`.
 
-    If one thread converted them for all, each cache line would take the others 40 ns.
+    If one thread converted it for all, each cache line would take the others 40 ns.
     """
-    params, gamma = call.axes[4], call.gamma
-    if significand(call.x) < 24:
-        if call.kinds & NARROW_GAMMA:
-            _copy_run(as_elements(gamma, call.x), 0, own(gamma_buffer), 0, params)
-            gamma = as_input(gamma_buffer)
-        if call.kinds & NARROW_BETA:
-            _copy_run(as_elements(beta, call.x), 0, own(beta_buffer), 0, params)
-            beta = as_input(beta_buffer)
-    return with_params(call, gamma, beta)
+    if significand(call.x) < 24 and call.kinds & kind:
+        _copy_run(as_elements(param, call.x), 0, own(buffer), 0, call.axes[4])
+        return as_input(buffer)
+    return param
 
 
 @inline
@@ -773,10 +767,13 @@ def _fetch_early(pointer, first, last):
 # result would not stay in them, and on AMD's processors; Intel's do better by asking ahead.
 @inline
 def _streams(x, axes):
-    """Whether to write the result past the caches, by way of a buffer."""
+    """Whether to write the result past the caches, by way of a buffer.
+
+    Of columns, only rows that are whole lines long: others gain nothing.
+    """
     k0, r0, k1, r1, params, span = axes
     many = k0 * r0 * k1 * r1 >= STREAMED * per_line(x)
-    if r1 < SHORT:  # rows of columns
+    if r0 > 1 and r1 < SHORT:
         return STREAMS and many and k1 * r1 % per_line(x) == 0
     return STREAMS and many and r1 >= LONG * per_line(x)
 
@@ -1152,8 +1149,10 @@ def _apply_lanes(x, y, first, last, high, scale, shift):
     if last - first < many:
         _apply_one(x, y, first, last, None, high, scale, shift)
         return
+    rest = (last - first) % many
+    stop = last - rest - many if rest else last  # the last two lanes may overlap
     i = first
-    while i + 5 * many <= last:
+    while i + 4 * many <= stop:
         a = (load_lanes(x, i, x) - high) * scale + shift
         b = (load_lanes(x, i + many, x) - high) * scale + shift
         c = (load_lanes(x, i + 2 * many, x) - high) * scale + shift
@@ -1163,13 +1162,14 @@ def _apply_lanes(x, y, first, last, high, scale, shift):
         store_lanes(y, i + 2 * many, c)
         store_lanes(y, i + 3 * many, d)
         i += 4 * many
-    while i + 2 * many <= last:
+    while i < stop:
         store_lanes(y, i, (load_lanes(x, i, x) - high) * scale + shift)
         i += many
-    a = (load_lanes(x, i, x) - high) * scale + shift
-    b = (load_lanes(x, last - many, x) - high) * scale + shift  # before a is stored: y may be x
-    store_lanes(y, i, a)
-    store_lanes(y, last - many, b)
+    if rest:  # y may be x: both are loaded, in sight of LLVM, before either is stored
+        a = (load_lanes(x, i, x) - high) * scale + shift
+        b = (load_lanes(own(x), last - many, x) - high) * scale + shift
+        store_lanes(y, i, a)
+        store_lanes(y, last - many, b)
 
 
 @elementwise
@@ -1184,7 +1184,7 @@ def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index
 @inline
 def _fold_params(call, at, mean, residual, rstd):
     """(whether that takes float64, high, scale, shift) where y is (x - high)*scale + shift, by the
-    one parameter of a stretch that begins with element `at`.
+    one parameter of a group that begins with element `at`.
     """
     factor, high, low, scaled = _centre(call.x, mean, residual, rstd)
     index, _ = _parameter(call.axes, at)
@@ -1196,7 +1196,7 @@ def _fold_params(call, at, mean, residual, rstd):
 @inline
 def _apply_folded(x, y, first, end, high, scale, shift, ahead, streams, buffer):
     """y of elements first..end in float32, as `_fold_params` has it."""
-    if streams:
+    if streams and past_line(y, end):  # what is left of a line is not streamed
         fetch(y, end - 1)
     while first < end:
         last, lines, target = end, False, y
@@ -1222,7 +1222,7 @@ def _apply_stretch(
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     wide = is_float64(x) or _extreme(rstd)
     target, lines, begin, stop = y, False, first, first
-    if streams:
+    if streams and past_line(y, end):  # what is left of a line is not streamed
         fetch(y, end - 1)
     while first < end:
         last = min(end, end_of_run)
@@ -1235,7 +1235,7 @@ def _apply_stretch(
             last = min(last, first + PIECE * per_line(x))
             _fetch(x, first + ahead, last + ahead)
             _fetch(y, first + ahead, last + ahead)
-        if span == 1:
+        if span == 1 and axes[3] > 1:
             if wide:
                 _apply_many(
                     x, target, first, last, factor, high, scaled, -low * scaled, gamma, beta, index
@@ -1273,7 +1273,9 @@ def rows_forward(pointer, first, last):
     """A unit is a group, its parts are stretches of memory."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    call = _with_own_params(call, call.beta, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    beta = _own_param(call, call.beta, NARROW_BETA, scratch(zero, ROW_LIMIT))
+    call = replaced(replaced(call, "gamma", gamma), "beta", beta)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
     shift, sums, buffer = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, BUFFER)
@@ -1282,7 +1284,8 @@ def rows_forward(pointer, first, last):
     one = np.float32(1.0)
     high, scale, lift = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
     streams = _streams(x, axes)
-    alike = span % r1 == 0 and (r0 == 1 or _by_column(axes))  # a group has one parameter
+    # Whether a group has one parameter, for `_fold_params`.
+    alike = not is_float64(x) and span % r1 == 0 and (r0 == 1 or _by_column(axes))
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
     if stage == SUMS:
@@ -1487,20 +1490,19 @@ def _dx_lanes(dy, x, dx, first, last, high, scale, slope, shift):
     if last - first < many:
         _dx_one(dy, x, dx, first, last, None, high, scale, slope, shift)
         return
+    rest = (last - first) % many
     i = first
-    while i + 4 * many <= last:
+    while i + 2 * many <= last - rest:
         a = _dx_of_lanes(dy, x, i, high, scale, slope, shift)
         b = _dx_of_lanes(dy, x, i + many, high, scale, slope, shift)
         store_lanes(dx, i, a)
         store_lanes(dx, i + many, b)
         i += 2 * many
-    while i + 2 * many <= last:
+    if i + many <= last:
         store_lanes(dx, i, _dx_of_lanes(dy, x, i, high, scale, slope, shift))
-        i += many
-    a = _dx_of_lanes(dy, x, i, high, scale, slope, shift)
-    b = _dx_of_lanes(dy, x, last - many, high, scale, slope, shift)
-    store_lanes(dx, i, a)
-    store_lanes(dx, last - many, b)
+    if rest:  # dx is nothing that was given: the last lanes may overlap those before them
+        i = last - many
+        store_lanes(dx, i, _dx_of_lanes(dy, x, i, high, scale, slope, shift))
 
 
 @elementwise
@@ -1610,7 +1612,7 @@ def _apply_grad_stretch(
     slope, shift = _line(call, s, p, low, scaled)
     wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
     target, lines, begin, stop = dx, False, first, first
-    if streams:
+    if streams and past_line(dx, end):  # what is left of a line is not streamed
         fetch(dx, end - 1)
     while first < end:
         last = min(end, end_of_run)
@@ -1624,7 +1626,7 @@ def _apply_grad_stretch(
             _fetch(dy, first + ahead, last + ahead)
             _fetch(x, first + ahead, last + ahead)
             _fetch(dx, first + ahead, last + ahead)
-        if span == 1:
+        if span == 1 and axes[3] > 1:
             if wide:
                 _dx_many(
                     dy, x, target, first, last, factor, high, scaled, slope, shift, gamma, index
@@ -1654,8 +1656,8 @@ def rows_backward(pointer, first, last):
     """A unit is a group, its parts are stretches of memory."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    wide_gamma = scratch(zero, ROW_LIMIT)
-    call = _with_own_params(call, call.gamma, wide_gamma, wide_gamma)
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    call = replaced(call, "gamma", gamma)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
     streams, buffer = _streams(x, axes), scratch(0.0, BUFFER)
@@ -1711,8 +1713,8 @@ def rows_backward_params(pointer, first, last):
     """A task is a block of `rows` rows: dx, and the block's share of dgamma and dbeta."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    wide_gamma = scratch(zero, ROW_LIMIT)
-    call = _with_own_params(call, call.gamma, wide_gamma, wide_gamma)
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    call = replaced(call, "gamma", gamma)
     dy, x, dx, gamma, sums = call.dy, call.x, call.dx, call.gamma, call.sums
     k0, r0, k1, r1, params, span = call.axes
     dgamma, dbeta = scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)
@@ -1850,7 +1852,7 @@ def _mend_columns(call, unit, part, shift, sums, to):
     r0, parts = call.axes[1], call.parts
     _, _, _, columns, _ = _slab(call.axes, unit)
     count = (part + 1) * r0 // parts - part * r0 // parts
-    if _lost(call.x, count, columns, sums, to):
+    if count >= 8 and _lost(call.x, count, columns, sums, to):
         wide = scratch(0.0, PAIR)
         _add_columns(call, unit, part, shift, 0.0, wide, 0)
         for j in range(columns):
@@ -1861,7 +1863,7 @@ def _mend_columns(call, unit, part, shift, sums, to):
 
 @plain
 def _add_columns(call, unit, part, shift, zero, sums, to):
-    """`_column_sums`, a few rows being added up in the type of `zero`."""
+    """`_column_sums`, every eight rows being added up in the type of `zero`."""
     k0, r0, k1, r1, params, span = call.axes
     _, _, _, columns, origin = _slab(call.axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
@@ -1885,9 +1887,7 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
         )
         row += 8
     while row < end:
-        _sum_columns(
-            call.x, origin + row * stride, stride, 1, begin, columns, shift, zero, sums, to
-        )
+        _sum_columns(call.x, origin + row * stride, stride, 1, begin, columns, shift, 0.0, sums, to)
         row += 1
     _gather_pair(sums, to, many, columns)
 
@@ -2199,7 +2199,9 @@ def columns_forward(pointer, first, last):
     """A unit is a slab of columns, or a window for APPLY; its parts are blocks of rows."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    call = _with_own_params(call, call.beta, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    beta = _own_param(call, call.beta, NARROW_BETA, scratch(zero, ROW_LIMIT))
+    call = replaced(replaced(call, "gamma", gamma), "beta", beta)
     x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
     shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIRS)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -2514,8 +2516,8 @@ def columns_backward(pointer, first, last):
     """A unit is a slab of columns, its parts are blocks of rows."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    wide_gamma = scratch(zero, ROW_LIMIT)
-    call = _with_own_params(call, call.gamma, wide_gamma, wide_gamma)
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    call = replaced(call, "gamma", gamma)
     parts, stage, r0 = call.parts, call.stage, call.axes[1]
     sums = scratch(0.0, PAIRS)
     factor, high, buffer = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, BUFFER)
