@@ -44,7 +44,8 @@ def test_samples_have_the_same_bits_in_a_large_batch(call: str, dtype: str) -> N
         return array if last is None else np.moveaxis(array, -1, 1)
 
     x, dy = normal(), normal()
-    assert x.nbytes // 64 >= kernels.STREAMED > x[:FEW].nbytes // 64
+    assert x.nbytes // 64 >= 2 * kernels.STREAMED  # as halves need
+    assert x[:FEW].nbytes // 64 < kernels.STREAMED
     axes = options.get("param_axis", options.get("axis", 1))
     params = [x.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))]
     gamma, beta = (rng.standard_normal(params, "float32") for _ in range(2))
@@ -97,7 +98,7 @@ def test_large_results_may_begin_anywhere(
 ) -> None:
     rng = np.random.default_rng(3)
     x = rng.standard_normal(shape, "float32").astype(dtype)
-    assert x.nbytes // 64 >= kernels.STREAMED
+    assert x.nbytes // 64 >= 2 * kernels.STREAMED
     memory = np.full(x.nbytes + 128, 7, np.uint8)
     out = memory[offset : offset + x.nbytes].view(dtype).reshape(shape)
     assert norm(x, out=out) is out

@@ -596,7 +596,7 @@ FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 PIECE = 8  #: cache lines that are prefetched together: a core waits for few at a time
 STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
-STREAMED = 3 << 17  #: cache lines of a result, 24 MiB, from which on caches would not keep it
+STREAMED = 3 << 16  #: cache lines of a result, 12 MiB, from which on caches would not keep it
 LEAD = 32  #: cache lines ahead that data read once are prefetched
 AHEAD = 2  #: rows of columns that they are fetched ahead
 LEAD_ROWS = 16  #: the same where they are summed
@@ -769,13 +769,15 @@ def _fetch_early(pointer, first, last):
 def _streams(x, axes):
     """Whether to write the result past the caches, by way of a buffer.
 
-    Of columns, only rows that are whole lines long: others gain nothing.
+    Of columns, only rows that are whole lines long: others gain nothing. Rows, and halves, whose
+    arithmetic takes longer than memory, gain from twice as many lines on.
     """
     k0, r0, k1, r1, params, span = axes
-    many = k0 * r0 * k1 * r1 >= STREAMED * per_line(x)
+    lines = k0 * r0 * k1 * r1 // per_line(x)
     if r0 > 1 and r1 < SHORT:
-        return STREAMS and many and k1 * r1 % per_line(x) == 0
-    return STREAMS and many and r1 >= LONG * per_line(x)
+        least = STREAMED if significand(x) >= 24 else 2 * STREAMED
+        return STREAMS and lines >= least and k1 * r1 % per_line(x) == 0
+    return STREAMS and lines >= 2 * STREAMED and r1 >= LONG * per_line(x)
 
 
 @inline
