@@ -22,7 +22,6 @@ _FEW_PARTS, _PART_ROWS = 16, 1 << 12  #: of columns: their sums then are below 1
 _SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
-_NO_UPDATE = None, None, 0, 0.0, 0.0
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
@@ -164,9 +163,9 @@ class Numba(Backend):
         stats = self._stats(work)
         threads = self._pool.threads(x.size)
         if work.scarce(threads):
-            self._by_parts(work, x, stats, _NO_UPDATE, eps, center, threads)
+            self._by_parts(work, x, stats, _running(None, eps), eps, center, threads)
         else:
-            call = (x, None, None, None, *stats[:4], None, *_NO_UPDATE)
+            call = (x, None, None, None, *stats[:4], None, *_running(None, eps))
             numbers = (work.axes, eps, center, k.MOMENTS, 0, work.parts)
             self._pool.run(work.forward, call + numbers, work.units, threads)
         return stats

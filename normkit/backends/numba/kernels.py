@@ -484,16 +484,6 @@ def significand(typing: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def as_float64(typing: Any, pointer: Any) -> Any:
-    """The pointer, to float64 elements."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0]
-
-    return Pointer("float64", pointer.role)(pointer), generate
-
-
-@intrinsic
 def as_elements(typing: Any, pointer: Any, like: Any) -> Any:
     """The pointer, to elements of the type of those behind `like`."""
 
@@ -992,11 +982,18 @@ def _update(call, first, mean, var, count):
     """Let the moments of `count` groups enter the running statistics."""
     if given(call.running_mean):
         if call.kinds & WIDE_MEAN:
-            _blend(as_float64(call.running_mean), first, mean, 1.0, call.momentum, count)
+            _blend(as_elements(call.running_mean, mean), first, mean, 1.0, call.momentum, count)
         else:
             _blend(call.running_mean, first, mean, 1.0, call.momentum, count)
         if call.kinds & WIDE_SPREAD:
-            _blend(as_float64(call.running_spread), first, var, call.factor, call.momentum, count)
+            _blend(
+                as_elements(call.running_spread, mean),
+                first,
+                var,
+                call.factor,
+                call.momentum,
+                count,
+            )
         else:
             _blend(call.running_spread, first, var, call.factor, call.momentum, count)
 
@@ -1005,11 +1002,11 @@ def _update(call, first, mean, var, count):
 def _running(call, first, mean, rstd, count):
     """Mean and rstd of `count` groups by the running statistics."""
     if call.kinds & WIDE_MEAN:
-        _copy_from(as_float64(call.running_mean), first, mean, count)
+        _copy_from(as_elements(call.running_mean, mean), first, mean, count)
     else:
         _copy_from(call.running_mean, first, mean, count)
     if call.kinds & WIDE_SPREAD:
-        _copy_from(as_float64(call.running_spread), first, rstd, count)
+        _copy_from(as_elements(call.running_spread, mean), first, rstd, count)
     else:
         _copy_from(call.running_spread, first, rstd, count)
     _invert(rstd, call.eps, call.kinds & DEVIATION, count)
