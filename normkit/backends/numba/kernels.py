@@ -163,83 +163,194 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
 
 
 class Lanes(types.Type):
-    """As many elements as a cache line has, in float32.
+    """As many elements as a cache line has, as numbers of one type.
 
-    Loops over them need none for a rest: the last lanes may begin before those before them end. Of
-    bfloat16 elements, the even ones are the first half: each shares a word with the next.
+    What loops over lanes leave is loaded and stored in part: the lanes beyond are 0. Of bfloat16
+    elements, the even ones are the first half: each shares a word with the next.
     """
 
-    def __init__(self, element: str) -> None:
-        self.element, self.count = element, _LINE // _SIZES[element]
-        super().__init__(f"normkit.Lanes({element})")
+    def __init__(self, element: str, number: Any) -> None:
+        self.element, self.number, self.count = element, number, _LINE // _SIZES[element]
+        super().__init__(f"normkit.Lanes({element}, {number})")
+
+    @property
+    def order(self) -> list[int]:
+        """Which element of memory each lane is."""
+        if self.element == "bfloat16":
+            return [*range(0, self.count, 2), *range(1, self.count, 2)]
+        return [*range(self.count)]
+
+    def vector(self, number: Any = None) -> Any:
+        """The LLVM type of as many numbers."""
+        scalar = ir.DoubleType() if (number or self.number) is types.float64 else ir.FloatType()
+        return ir.VectorType(scalar, self.count)
+
+    def stored(self, element: str) -> Any:
+        """The LLVM type of as many elements in memory."""
+        return ir.VectorType(_STORED[element], self.count)
+
+    def mask(self, builder: Any, count: Any, places: list[int]) -> Any:
+        """Whether each of `places` is below `count`."""
+        word = ir.IntType(8 * _LINE // self.count)
+        limit = builder.trunc(count, word) if word.width < 64 else count
+        limits = _splat(builder, limit, self.count)
+        return builder.icmp_unsigned("<", ir.Constant(limits.type, places), limits)
 
 
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Lanes) -> None:
-        super().__init__(manager, kind, ir.VectorType(ir.FloatType(), kind.count))
+        super().__init__(manager, kind, kind.vector())
 
 
-def _in_memory(element: str, count: int) -> Any:
-    """The LLVM type of `count` elements."""
-    if element == "bfloat16":
-        return ir.VectorType(ir.IntType(32), count // 2)
-    return ir.VectorType(ir.HalfType() if element == "float16" else _STORED[element], count)
+def _splat(builder: Any, value: Any, count: int) -> Any:
+    """A vector of `count` equal numbers."""
+    undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    one = builder.insert_element(undefined, value, _word(0))
+    return builder.shuffle_vector(one, undefined, _word(0, count))
 
 
 @intrinsic
-def load_lanes(typing: Any, pointer: Any, index: Any, like: Any) -> Any:
-    """Elements from `index` on, as many as a line has of those behind `like`, and in their order.
+def lanes(typing: Any, pointer: Any, zero: Any) -> Any:
+    """Zeros of the type of number `zero`, for elements as those behind `pointer`."""
+    kind = Lanes(pointer.element, types.unliteral(zero))
 
-    The pointer is of the same type, or to float32.
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(kind.vector(), [0.0] * kind.count)
+
+    return kind(pointer, zero), generate
+
+
+@intrinsic
+def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> Any:
+    """Elements from `index` on, `count` or with None all, as numbers of the type of lanes `like`
+    and in their order.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind, count = signature.args[0], lanes.count
-        numbers, stored = (_in_memory(e, count) for e in ("float32", kind.element))
+        kind, stored = signature.args[0], like.stored(signature.args[0].element)
         at = builder.bitcast(_element(builder, kind, *args[:2]), stored.as_pointer())
-        value = builder.load(at, align=1)
-        if kind.role == "in":
+        if signature.args[2] is types.none:
+            value = builder.load(at, align=1)
+        else:
+            mask = like.mask(builder, args[2], [*range(like.count)])
+            zeros = ir.Constant(stored, [0] * like.count)
+            value = _masked(builder, "load", stored, [at, _word(1), mask, zeros])
+        if kind.role == "scratch":
+            _mark(builder, value, "alias.scope", _SCRATCH)
+        elif kind.role == "in":
             _mark(builder, value, "alias.scope", _INPUTS)
+        number, half = types.float32, like.count // 2
         if kind.element == "bfloat16":
-            low = builder.shl(value, _word(16, count // 2))
-            high = builder.and_(value, _word(0xFFFF0000, count // 2))
-            return builder.bitcast(builder.shuffle_vector(low, high, _words(range(count))), numbers)
-        if kind.element == "float16":
-            return builder.fpext(value, numbers)
-        if kind.element == "float64":  # in calls that do not use it
-            return builder.fptrunc(value, numbers)
-        if lanes.element == "bfloat16":
-            order = [*range(0, count, 2), *range(1, count, 2)]
-            return builder.shuffle_vector(value, value, _words(order))
-        return value
+            words = builder.bitcast(value, _word(0, half).type)
+            low = builder.shl(words, _word(16, half))
+            high = builder.and_(words, _word(0xFFFF0000, half))
+            value = builder.shuffle_vector(low, high, _words(range(like.count)))
+            value = builder.bitcast(value, like.vector(number))
+        elif kind.element == "float16":
+            value = builder.bitcast(value, ir.VectorType(ir.HalfType(), like.count))
+            value = builder.fpext(value, like.vector(number))
+        elif kind.element == "float64":
+            number = types.float64
+        if like.element == "bfloat16" != kind.element:
+            value = builder.shuffle_vector(value, value, _words(like.order))
+        if number is like.number:
+            return value
+        convert = builder.fpext if number is types.float32 else builder.fptrunc
+        return convert(value, like.vector())
 
-    lanes = Lanes(like.element)
-    return lanes(pointer, types.int64, like), generate
+    return like(pointer, types.int64, count, like), generate
+
+
+def _storing(streams: bool) -> Any:
+    def put(typing: Any, pointer: Any, index: Any, count: Any, value: Any) -> Any:
+        """Round `value` to the element type and store `count` of it, or with None all, from `index`
+        on; or stream all past the caches, to a line of memory.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind, (pointer, index, count, value) = signature.args[0], args
+            if kind.element == "float64":
+                if lanes.number is types.float32:
+                    value = builder.fpext(value, lanes.vector(types.float64))
+            elif lanes.number is types.float64:
+                value = builder.fptrunc(value, lanes.vector(types.float32))
+            stored = lanes.stored(kind.element)
+            if kind.element == "float16":
+                value = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes.count))
+                value = builder.bitcast(value, stored)
+            elif kind.element == "bfloat16":
+                words, half = _round_to_bfloat16(builder, value), lanes.count // 2
+                low = builder.shuffle_vector(words, words, _words(range(half)))
+                high = builder.shuffle_vector(words, words, _words(range(half, 2 * half)))
+                low = builder.lshr(low, _word(16, half))
+                value = builder.or_(low, builder.and_(high, _word(0xFFFF0000, half)))
+                value = builder.bitcast(value, stored)
+            elif lanes.element == "bfloat16":
+                places = sorted(range(lanes.count), key=lanes.order.__getitem__)
+                value = builder.shuffle_vector(value, value, _words(places))
+            at = builder.bitcast(_element(builder, kind, pointer, index), stored.as_pointer())
+            if signature.args[2] is not types.none:
+                mask = lanes.mask(builder, count, [*range(lanes.count)])
+                done = _masked(builder, "store", stored, [value, at, _word(1), mask])
+            else:
+                done = builder.store(value, at, align=_LINE if streams else 1)
+            if streams:
+                one = builder.module.add_metadata([_word(1)])
+                done.set_metadata("nontemporal", one)
+            if kind.role == "scratch":
+                _mark(builder, done, "alias.scope", _SCRATCH)
+                _mark(builder, done, "noalias", _INPUTS)
+            else:
+                _mark(builder, done, "noalias", _INPUTS, _SCRATCH)
+            return context.get_dummy_value()
+
+        lanes = value
+        return types.void(pointer, types.int64, count, value), generate
+
+    return intrinsic(put)
+
+
+store_lanes = _storing(streams=False)
+stream_lanes = _storing(streams=True)
+
+
+def _masked(builder: Any, name: str, vector: Any, args: list[Any]) -> Any:
+    """A load or store of some lanes of a vector."""
+    scalars = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}
+    suffix = f"v{vector.count}{scalars.get(vector.element, 'i16')}"
+    result = vector if name == "load" else ir.VoidType()
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    name = f"llvm.masked.{name}.{suffix}.p0"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
 @intrinsic
-def store_lanes(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
-    """Round `value` to the element type and store it from `index` on."""
+def first_lanes(typing: Any, value: Any, count: Any) -> Any:
+    """The first `count` elements, or with None all; the others 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind, (pointer, index, value) = signature.args[0], args
-        stored = _in_memory(kind.element, value.type.count)
-        if kind.element == "float16":
-            value = builder.fptrunc(value, stored)
-        elif kind.element == "float64":
-            value = builder.fpext(value, stored)
-        elif kind.element == "bfloat16":
-            words, count = _round_to_bfloat16(builder, value), stored.count
-            low = builder.shuffle_vector(words, words, _words(range(count)))
-            high = builder.shuffle_vector(words, words, _words(range(count, 2 * count)))
-            low = builder.lshr(low, _word(16, count))
-            value = builder.or_(low, builder.and_(high, _word(0xFFFF0000, count)))
-        at = builder.bitcast(_element(builder, kind, pointer, index), stored.as_pointer())
-        _mark(builder, builder.store(value, at, align=1), "noalias", _INPUTS, _SCRATCH)
-        return context.get_dummy_value()
+        if count is types.none:
+            return args[0]
+        mask = value.mask(builder, args[1], value.order)
+        return builder.select(mask, args[0], ir.Constant(value.vector(), [0.0] * value.count))
 
-    return types.void(pointer, types.int64, value), generate
+    return value(value, count), generate
+
+
+@intrinsic
+def total(typing: Any, value: Any) -> Any:
+    """The sum of all lanes, in an order that LLVM chooses once."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        scalar = value.vector().element
+        kind = ir.FunctionType(scalar, [scalar, value.vector()])
+        bits = 64 if value.number is types.float64 else 32
+        name = f"llvm.vector.reduce.fadd.v{value.count}f{bits}"
+        add = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(add, [ir.Constant(scalar, -0.0), args[0]], fastmath=("reassoc",))
+
+    return value.number(value), generate
 
 
 def _define(symbol: Any, instruction: str) -> None:
@@ -249,20 +360,18 @@ def _define(symbol: Any, instruction: str) -> None:
     class _Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             lanes = args[0]
-            if isinstance(lanes, Lanes) and args[1] in (lanes, types.float32):
+            if isinstance(lanes, Lanes) and args[1] in (lanes, lanes.number):
                 return lanes(*args)
             return None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first, second = args
-        if signature.args[1] is types.float32:
-            undefined = ir.Constant(first.type, ir.Undefined)
-            one = builder.insert_element(undefined, second, _word(0))
-            second = builder.shuffle_vector(one, undefined, _word(0, first.type.count))
+        if not isinstance(signature.args[1], Lanes):
+            second = _splat(builder, second, first.type.count)
         return getattr(builder, instruction)(first, second, flags=("contract",))
 
-    lower_builtin(symbol, Lanes, types.float32)(generate)
-    lower_builtin(symbol, Lanes, Lanes)(generate)
+    for other in (types.float32, types.float64, Lanes):
+        lower_builtin(symbol, Lanes, other)(generate)
 
 
 _define(operator.add, "fadd")
@@ -734,7 +843,8 @@ def _ahead_of_result(x, axes):
     k0, r0, k1, r1, params, span = axes
     if r0 * r1 > STAYS:
         return _ahead_of_sums(x, axes)
-    return r1 if r0 == 1 and significand(x) == 24 and _far(x, axes) else 0
+    small = r0 > 1 or r1 <= PIECE * per_line(x)
+    return 0 if small or significand(x) != 24 or not _far(x, axes) else r1
 
 
 @inline
@@ -814,21 +924,86 @@ def _end_of_stretch(axes, parts, group, place, at):
     return at + r1
 
 
+# ----------------------------------------------------------------------------------- loops of lanes
+# What they do with the lanes of a line is a function's: ``make(i, count, *what)`` for the elements
+# from i on, `count` of them if it is not None. (As a first argument, Numba would warn of it.)
+@elementwise
+def _plus(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+
+@elementwise
+def _sum_lines(like, make, first, last, *what):
+    """The sums of the two lanes that ``make(i, count, like, *what)`` gives."""
+    many = per_line(like)
+    count = min(many, last - first)
+    a = make(first, count, like, *what)
+    i = first + count
+    if i < last:
+        b = like, like
+        while i + 2 * many <= last:
+            a = _plus(a, make(i, None, like, *what))
+            b = _plus(b, make(i + many, None, like, *what))
+            i += 2 * many
+        if i + many <= last:
+            a = _plus(a, make(i, None, like, *what))
+            i += many
+        if i < last:
+            b = _plus(b, make(i, last - i, like, *what))
+        a = _plus(a, b)
+    return total(a[0]), total(a[1])
+
+
+@elementwise
+def _store_lines(to, make, first, last, streams, *what):
+    """Let elements first..last of `to` be what ``make(i, count, *what)`` gives."""
+    many = per_line(to)
+    i = first
+    if streams:
+        past = past_line(to, first)
+        if past_line(to, last):  # what is left of a line is not streamed
+            fetch(to, last - 1)
+        if past:
+            i = min(last, first + many - past)
+            store_lanes(to, first, i - first, make(first, i - first, *what))
+        while i + many <= last:
+            stream_lanes(to, i, None, make(i, None, *what))
+            i += many
+    while i + 4 * many <= last:
+        a, b = make(i, None, *what), make(i + many, None, *what)
+        c, d = make(i + 2 * many, None, *what), make(i + 3 * many, None, *what)
+        store_lanes(to, i, None, a)
+        store_lanes(to, i + many, None, b)
+        store_lanes(to, i + 2 * many, None, c)
+        store_lanes(to, i + 3 * many, None, d)
+        i += 4 * many
+    while i + many <= last:
+        store_lanes(to, i, None, make(i, None, *what))
+        i += many
+    if i < last:
+        store_lanes(to, i, last - i, make(i, last - i, *what))
+
+
+@inline
+def _store_run(to, make, x, dy, first, last, ahead, streams, *what):
+    """The same; memory is asked for `ahead` elements early, if that is not 0."""
+    while first < last:
+        stop = last
+        if ahead and not streams:
+            stop = min(last, first + PIECE * per_line(to))
+            if dy is not None:
+                _fetch(dy, first + ahead, stop + ahead)
+            _fetch(x, first + ahead, stop + ahead)
+            _fetch(to, first + ahead, stop + ahead)
+        _store_lines(to, make, first, stop, streams, *what)
+        first = stop
+
+
 # ------------------------------------------------------------------------------------------ moments
-@reduction
-def _narrow_sums(x, first, last):
-    """Sum and sum of squares of x in float32."""
-    s = q = np.float32(0.0)
-    pairs = (last - first) // 2 if significand(x) == 8 else 0
-    for i in range(pairs):
-        a, b = load_two(x, first + 2 * i)
-        s += a + b
-        q += a * a + b * b
-    for i in range(first + 2 * pairs, last):
-        a = np.float32(load(x, i))
-        s += a
-        q += a * a
-    return s, q
+@elementwise
+def _powers(i, count, like, x, shift, before, after):
+    d = first_lanes((load_lanes(x, i, count, like) * before - shift) * after, count)
+    return d, d * d
 
 
 @inline
@@ -842,26 +1017,31 @@ def _is_kept(x, s, q, count):
     return in_range & (16.0 * s * s <= 15.0 * count * q)
 
 
-@reduction
+@inline
 def _sums(x, first, last, shift, before, after):
     """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
-    s = q = 0.0
     if significand(x) < 24 and shift == 0.0:
+        zero, one = np.float32(0.0), np.float32(1.0)
+        s = q = 0.0
         for begin in range(first, last, NARROW):
-            ds, dq = _narrow_sums(x, begin, min(begin + NARROW, last))
+            end = min(begin + NARROW, last)
+            ds, dq = _sum_lines(lanes(x, zero), _powers, begin, end, x, zero, one, one)
             s += ds
             q += dq
         if _is_kept(x, s, q, last - first):
             return s, q
-        s = q = 0.0
-    for i in range(first, last):
-        if is_float64(x):
-            d = (load(x, i) * before - shift) * after
-        else:
-            d = np.float64(load(x, i)) - shift
-        s += d
-        q += d * d
-    return s, q
+    return _sum_lines(lanes(x, 0.0), _powers, first, last, x, shift, before, after)
+
+
+@plain
+def _sums_of_rows(x, first, size, count, shift, sums):
+    """`_sums` of stretches of `size` elements, side by side."""
+    for i in range(count):
+        about = load(shift, i) if is_float64(x) else 0.0
+        s, q = _sums(x, first, first + size, about, 1.0, 1.0)
+        store(sums, i, s)
+        store(sums, SLAB + i, q)
+        first += size
 
 
 @inline
@@ -1035,13 +1215,13 @@ def _copy_to(target, first, source, count):
 
 
 @reduction
-def _group_moments(count, groups, center, eps, shift, sums, mean, residual, var, rstd):
+def _group_moments(x, count, groups, center, eps, shift, sums, mean, residual, var, rstd):
     """Moments of groups from their sums; how many of them need `_exact_moments`."""
-    bad = 0
+    bad, share = 0, 1.0 / count
     for i in range(groups):
-        q = load(sums, SLAB + i)
-        delta = load(sums, i) / count if center else 0.0
-        v = max(q / count - delta * delta, 0.0)
+        s, q = load(sums, i), load(sums, SLAB + i)
+        delta = (s / count if is_float64(x) else s * share) if center else 0.0
+        v = max((q / count if is_float64(x) else q * share) - delta * delta, 0.0)
         bad += not ((delta * delta <= 2.0**20 * v) & (q < np.inf))
         store(mean, i, delta)
         store(var, i, v)
@@ -1066,7 +1246,7 @@ def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
     x, axes = call.x, call.axes
     count = axes[1] * axes[3]
     bad = _group_moments(
-        count, groups, call.center, call.eps, shift, sums, mean, residual, var, rstd
+        x, count, groups, call.center, call.eps, shift, sums, mean, residual, var, rstd
     )
     if last and (bad or is_float64(x)):
         for i in range(groups):
@@ -1135,129 +1315,123 @@ def _centre(x, mean, residual, rstd):
 # ------------------------------------------------------------------------------------ rows: forward
 # The types of the numbers decide the type of the arithmetic: each loop serves float32 and float64.
 @elementwise
-def _apply_one(x, y, first, last, factor, high, scale, shift):
-    """One parameter for all elements; what is left of the mean is in `shift`."""
-    for i in range(first, last):
-        store(y, i, (times(load(x, i), factor, 0) - high) * scale + shift)
-
-
-@elementwise
-def _apply_lanes(x, y, first, last, high, scale, shift):
-    """The same in float32."""
-    many = per_line(x)
-    if last - first < many:
-        _apply_one(x, y, first, last, None, high, scale, shift)
-        return
-    rest = (last - first) % many
-    stop = last - rest - many if rest else last  # the last two lanes may overlap
-    i = first
-    while i + 4 * many <= stop:
-        a = (load_lanes(x, i, x) - high) * scale + shift
-        b = (load_lanes(x, i + many, x) - high) * scale + shift
-        c = (load_lanes(x, i + 2 * many, x) - high) * scale + shift
-        d = (load_lanes(x, i + 3 * many, x) - high) * scale + shift
-        store_lanes(y, i, a)
-        store_lanes(y, i + many, b)
-        store_lanes(y, i + 2 * many, c)
-        store_lanes(y, i + 3 * many, d)
-        i += 4 * many
-    while i < stop:
-        store_lanes(y, i, (load_lanes(x, i, x) - high) * scale + shift)
-        i += many
-    if rest:  # y may be x: both are loaded, in sight of LLVM, before either is stored
-        a = (load_lanes(x, i, x) - high) * scale + shift
-        b = (load_lanes(own(x), last - many, x) - high) * scale + shift
-        store_lanes(y, i, a)
-        store_lanes(y, last - many, b)
-
-
-@elementwise
-def _apply_many(x, y, first, last, factor, high, rstd, shift, gamma, beta, index):
-    """One parameter for each element, from `index` on."""
-    offset = index - first
-    for i in range(first, last):
-        z = (times(load(x, i), factor, 0) - high) * rstd + shift
-        store(y, i, z * load(gamma, i + offset) + load(beta, i + offset))
+def _y_of(i, count, x, gamma, beta, to, factor, high, scale, shift):
+    """y by one parameter, or with gamma and beta by those from element `to` + i on."""
+    z = (load_lanes(x, i, count, lanes(x, high)) * factor - high) * scale + shift
+    if gamma is None:
+        return z
+    return z * load_lanes(gamma, to + i, count, z) + load_lanes(beta, to + i, count, z)
 
 
 @inline
-def _fold_params(call, at, mean, residual, rstd):
-    """(whether that takes float64, high, scale, shift) where y is (x - high)*scale + shift, by the
-    one parameter of a group that begins with element `at`.
+def _formula(call, mean, residual, rstd, gamma, beta):
+    """(whether that takes float64 or a factor, high, scale, shift) where y is (x - high)*scale +
+    shift.
     """
-    factor, high, low, scaled = _centre(call.x, mean, residual, rstd)
-    index, _ = _parameter(call.axes, at)
-    scale = scaled * load(call.gamma, index)
-    wide = is_float64(call.x) or _extreme(rstd) or _unsafe(scale)
-    return wide, high, scale, load(call.beta, index) - low * scale
+    factor, high, low, scale = _centre(call.x, mean, residual, rstd)
+    scale *= gamma
+    wide = factor != 1.0 if is_float64(call.x) else _extreme(rstd) | _unsafe(scale)
+    return wide, high, scale, beta - low * scale
+
+
+@elementwise
+def _formulas_plain(call, groups, mean, residual, rstd, high, scale, shift):
+    wides = 0
+    for i in range(groups):
+        m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+        wide, h, a, b = _formula(call, m, e, r, 1.0, 0.0)
+        store(high, i, h)
+        store(scale, i, a)
+        store(shift, i, b)
+        wides += wide
+    return wides
 
 
 @inline
-def _apply_folded(x, y, first, end, high, scale, shift, ahead, streams, buffer):
-    """y of elements first..end in float32, as `_fold_params` has it."""
-    if streams and past_line(y, end):  # what is left of a line is not streamed
-        fetch(y, end - 1)
-    while first < end:
-        last, lines, target = end, False, y
-        if streams:
-            last, lines, target = _next_piece(y, first, end, buffer)
-        elif ahead:
-            last = min(end, first + PIECE * per_line(x))
-            _fetch(x, first + ahead, last + ahead)
-            _fetch(y, first + ahead, last + ahead)
-        _apply_lanes(x, target, first, last, high, scale, shift)
-        if lines:
-            stream(y, first, last, buffer)
-        first = last
+def _formulas(call, group, groups, alike, mean, residual, rstd, high, scale, shift):
+    """`_formula` of groups from `group` on, with the parameter of each if they are `alike`, else
+    but for parameters; how many take float64.
+    """
+    if not alike:
+        return _formulas_plain(call, groups, mean, residual, rstd, high, scale, shift)
+    wides = 0
+    for i in range(groups):
+        index, _ = _parameter(call.axes, _origin(call.axes, group + i))
+        gamma, beta = np.float64(load(call.gamma, index)), np.float64(load(call.beta, index))
+        m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+        wide, h, a, b = _formula(call, m, e, r, gamma, beta)
+        store(high, i, h)
+        store(scale, i, a)
+        store(shift, i, b)
+        wides += wide
+    return wides
 
 
 @inline
-def _apply_stretch(
-    call, first, end, index, end_of_run, mean, residual, rstd, ahead, streams, buffer
+def _apply_groups(call, alike, first, size, stride, count, i, step, ahead, streams, table):
+    x, y, params = call.x, call.y, call.axes[4]
+    if alike:
+        _apply_each(
+            x, y, None, None, params, first, size, stride, count, i, step, ahead, streams, table
+        )
+    else:
+        _apply_each(
+            x, y, call.gamma, call.beta, params, first, size, stride, count, i, step, ahead,
+            streams, table,
+        )  # fmt: skip
+
+
+@plain
+def _apply_each(
+    x, y, gamma, beta, params, first, size, stride, count, i, step, ahead, streams, table
 ):
-    """y of elements first..end, of one group and side by side; `_parameter` of the next."""
-    x, y, gamma, beta, axes = call.x, call.y, call.gamma, call.beta, call.axes
-    span = axes[5]
-    factor, high, low, scaled = _centre(x, mean, residual, rstd)
-    wide = is_float64(x) or _extreme(rstd)
-    target, lines, begin, stop = y, False, first, first
-    if streams and past_line(y, end):  # what is left of a line is not streamed
-        fetch(y, end - 1)
-    while first < end:
-        last = min(end, end_of_run)
-        if streams:
-            if first == stop:
-                begin = first
-                stop, lines, target = _next_piece(y, first, end, buffer)
-            last = min(last, stop)
-        elif ahead:
-            last = min(last, first + PIECE * per_line(x))
-            _fetch(x, first + ahead, last + ahead)
-            _fetch(y, first + ahead, last + ahead)
-        if span == 1 and axes[3] > 1:
-            if wide:
-                _apply_many(
-                    x, target, first, last, factor, high, scaled, -low * scaled, gamma, beta, index
-                )
-            else:
-                _apply_many(
-                    x, target, first, last, None, np.float32(high), np.float32(scaled),
-                    np.float32(-low * scaled), gamma, beta, index,
-                )  # fmt: skip
+    """y of `count` stretches of `size` elements by what `_formulas` gave of groups i, i + step..."""
+    high, scale, shift = table
+    index, hop, one = first % params, stride % params, real(x, 1.0)
+    for _ in range(count):
+        last, to = first + size, index - first
+        form = x, gamma, beta, to, one, load(high, i), load(scale, i), load(shift, i)
+        if ahead or streams:
+            _store_run(y, _y_of, x, None, first, last, ahead, streams, *form)
         else:
-            scale = scaled * load(gamma, index)
-            shift = load(beta, index) - low * scale
-            if wide or _unsafe(scale):
-                _apply_one(x, target, first, last, factor, high, scale, shift)
+            _store_lines(y, _y_of, first, last, False, *form)
+        first += stride
+        i += step
+        index += hop
+        if index >= params:
+            index -= params
+
+
+@plain
+def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ahead, streams):
+    """y of elements first..end, of one group and side by side."""
+    x, y, gamma, beta, axes = call.x, call.y, call.gamma, call.beta, call.axes
+    factor, high, low, scaled = _centre(x, mean, residual, rstd)
+    by_element = axes[5] == 1 and axes[3] > 1
+    while first < end:
+        last, scale, shift, to = min(end, end_of_run), scaled, 0.0, index - first
+        if not by_element:
+            scale *= load(gamma, index)
+            shift += load(beta, index)
+        shift -= low * scale
+        if is_float64(x) or _extreme(rstd) or _unsafe(scale):
+            form = factor, high, scale, shift
+            if by_element:
+                _store_run(y, _y_of, x, None, first, last, ahead, streams, x, gamma, beta, to, *form)
             else:
-                _apply_lanes(
-                    x, target, first, last, np.float32(high), np.float32(scale), np.float32(shift)
+                _store_run(y, _y_of, x, None, first, last, ahead, streams, x, None, None, to, *form)
+        else:
+            narrow = np.float32(1.0), np.float32(high), np.float32(scale), np.float32(shift)
+            if by_element:
+                _store_run(
+                    y, _y_of, x, None, first, last, ahead, streams, x, gamma, beta, to, *narrow
                 )
-        if lines and last == stop:
-            stream(y, begin, stop, buffer)
+            else:
+                _store_run(
+                    y, _y_of, x, None, first, last, ahead, streams, x, None, None, to, *narrow
+                )
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
-    return index, end_of_run
 
 
 @inline
@@ -1277,14 +1451,15 @@ def rows_forward(pointer, first, last):
     call = replaced(replaced(call, "gamma", gamma), "beta", beta)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    shift, sums, buffer = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, BUFFER)
+    shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIR)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    one = np.float32(1.0)
-    high, scale, lift = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
+    table = scratch(zero, SLAB), scratch(zero, SLAB), scratch(zero, SLAB)
     streams = _streams(x, axes)
-    # Whether a group has one parameter, for `_fold_params`.
-    alike = not is_float64(x) and span % r1 == 0 and (r0 == 1 or _by_column(axes))
+    # Whether a group has one parameter; whether that, or each stretch as many as elements, which
+    # follow each other: then `_formulas` serve.
+    alike = span % r1 == 0 and (r0 == 1 or _by_column(axes))
+    uniform = alike or span == 1 and params % r1 == 0
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
     if stage == SUMS:
@@ -1296,39 +1471,37 @@ def rows_forward(pointer, first, last):
             store(call.partial, 2 * task + 1, q)
     elif stage == APPLY:
         group, place, row, at = _find_stretch(axes, parts, first)
-        index, end_of_run = _parameter(axes, at)
         ahead = _ahead_of_stretch(x, axes)
-        begin, stop, wides = 0, 0, 0  # of the groups whose statistics are at hand
-        for _ in range(first, last):
+        begin, stop, quick = 0, 0, False  # of the groups whose statistics are at hand
+        task = first
+        while task < last:
             if not begin <= group < stop:
                 begin = group if r0 == 1 else group - place % SLAB
                 stop = min(begin + SLAB, k0 * k1 if r0 == 1 else group - place + k1)
                 _given_groups(call, begin, stop - begin, mean, residual, rstd)
-                wides = 0
-                for i in range(stop - begin if alike else 0):
-                    m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-                    wide, h, a, b = _fold_params(call, _origin(axes, begin + i), m, e, r)
-                    store(high, i, h)
-                    store(scale, i, a)
-                    store(lift, i, b)
-                    wides += wide
-            i = group - begin
-            end = _end_of_stretch(axes, parts, group, place, at)
-            if alike and wides == 0:
-                h, a, b = load(high, i), load(scale, i), load(lift, i)
-                _apply_folded(x, call.y, at, end, h, a, b, ahead, streams, buffer)
-            else:
-                m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-                if alike:
-                    index, end_of_run = _parameter(axes, at)
-                index, end_of_run = _apply_stretch(
-                    call, at, end, index, end_of_run, m, e, r, ahead, streams, buffer
+                quick = uniform and not _formulas(
+                    call, begin, stop - begin, alike, mean, residual, rstd, *table
                 )
-            group, place, row = _next_stretch(axes, parts, group, place, row)
-            at = end
+            i, count = group - begin, 1
+            size = _end_of_stretch(axes, parts, group, place, at) - at
+            if quick:
+                if parts == 1:
+                    count = min(stop - group, last - task)
+                _apply_groups(call, alike, at, size, size, count, i, 1, ahead, streams, table)
+            else:
+                index, end_of_run = _parameter(axes, at)
+                m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+                _apply_stretch(
+                    call, at, at + size, index, end_of_run, m, e, r, ahead, streams
+                )
+            task += count
+            at += count * size
+            skipped = count - 1
+            group, place, row = _next_stretch(
+                axes, parts, group + skipped, place + (skipped if r0 > 1 else 0), row
+            )
     else:
         fixed, later = _by_column(axes), _ahead_of_result(x, axes)
-        index, end_of_run = _parameter(axes, _origin(axes, first))
         begin_round, end_round = 0, rounds
         if stage == FINISH:
             begin_round, end_round = call.round, call.round + 1
@@ -1338,41 +1511,42 @@ def rows_forward(pointer, first, last):
                 _copy_from(call.mean, begin, mean, groups)
             for again in range(begin_round, end_round):
                 for i in range(groups):
-                    group = begin + i
-                    about = _shift(call, group, again == 1, mean, i)
-                    if stage == FINISH:
-                        s, q = _sums_of_parts(call, group)
-                    else:
-                        s, q = _group_sums(call, group, about, 1.0, 1.0)
-                    store(shift, i, about)
-                    store(sums, i, s)
-                    store(sums, SLAB + i, q)
+                    store(shift, i, _shift(call, begin + i, again == 1, mean, i))
+                if r0 == parts == 1 and r1 <= CHUNK:
+                    _sums_of_rows(x, begin * r1, r1, groups, shift, sums)
+                else:
+                    for i in range(groups):
+                        if stage == FINISH:
+                            s, q = _sums_of_parts(call, begin + i)
+                        else:
+                            s, q = _group_sums(call, begin + i, load(shift, i), 1.0, 1.0)
+                        store(sums, i, s)
+                        store(sums, SLAB + i, q)
                 final = again == rounds - 1
                 _finish(call, begin, groups, final, shift, sums, mean, residual, var, rstd)
-            for i in range(groups if stage == ALL else 0):
-                m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+            if stage != ALL:
+                continue
+            at = _origin(axes, begin)
+            quick = uniform and not _formulas(
+                call, begin, groups, alike, mean, residual, rstd, *table
+            )
+            if quick and r0 == 1:
+                _apply_groups(call, alike, at, r1, r1, groups, 0, 1, later, streams, table)
+                continue
+            for i in range(groups):
                 at = _origin(axes, begin + i)
-                if alike:
-                    wide, h, a, b = _fold_params(call, at, m, e, r)
-                    if not wide:
-                        h, a, b = np.float32(h), np.float32(a), np.float32(b)
-                        for _ in range(r0):
-                            _apply_folded(x, call.y, at, at + r1, h, a, b, later, streams, buffer)
-                            at += k1 * r1
-                        continue
-                if alike or r0 > 1:
-                    index, end_of_run = _parameter(axes, at)
-                for _ in range(r0):
-                    found = _apply_stretch(
-                        call, at, at + r1, index, end_of_run, m, e, r, later, streams, buffer
+                if quick:
+                    _apply_groups(call, alike, at, r1, k1 * r1, r0, i, 0, later, streams, table)
+                    continue
+                m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+                for row in range(r0):
+                    if row == 0 or not fixed:
+                        index, end_of_run = _parameter(axes, at)
+                    _apply_stretch(
+                        call, at, at + r1, index, end_of_run, m, e, r, later, streams
                     )
                     at += k1 * r1
-                    if r0 == 1:  # the next group's elements are the next in memory
-                        index, end_of_run = found
-                    elif fixed:
-                        end_of_run += k1 * r1
-                    else:
-                        index, end_of_run = _parameter(axes, at)
+                    end_of_run += k1 * r1
 
 
 # ----------------------------------------------------------------------------------- rows: backward
@@ -1384,33 +1558,14 @@ def _centred(x, i, factor, high, low):
     return np.float64(load(x, i)) - (high + low)
 
 
-@reduction
-def _narrow_grad_sums(dy, x, first, last, mean):
-    """Sums of dy and of dy*(x - mean) in float32."""
-    s = p = np.float32(0.0)
-    pairs = (last - first) // 2 if significand(x) == significand(dy) == 8 else 0
-    for i in range(pairs):
-        g, h = load_two(dy, first + 2 * i)
-        a, b = load_two(x, first + 2 * i)
-        s += g + h
-        p += g * (a - mean) + h * (b - mean)
-    for i in range(first + 2 * pairs, last):
-        g = np.float32(load(dy, i))
-        s += g
-        p += g * (np.float32(load(x, i)) - mean)
-    return s, p
-
-
-@reduction
-def _narrow_weighted_grad_sums(dy, x, first, last, mean, gamma, index):
-    """Sums of gamma*dy and of gamma*dy*(x - mean) in float32."""
-    offset = index - first
-    s = p = np.float32(0.0)
-    for i in range(first, last):
-        g = np.float32(load(dy, i)) * np.float32(load(gamma, i + offset))
-        s += g
-        p += g * (np.float32(load(x, i)) - mean)
-    return s, p
+@elementwise
+def _products(i, count, like, dy, x, gamma, to, factor, high, low):
+    """dy, and dy*(x - mean)*factor; with gamma, both times the parameters from `to` + i on."""
+    g = load_lanes(dy, i, count, like)
+    if gamma is not None:
+        g = g * load_lanes(gamma, to + i, count, like)
+    d = (load_lanes(x, i, count, like) * factor - high) - low
+    return g, first_lanes(g * d, count)
 
 
 @inline
@@ -1425,105 +1580,52 @@ def _in_range(s, p):
     return (2.0**-100 < abs(p) < 2.0**120) and abs(s) < np.inf
 
 
-@reduction
-def _grad_sums(dy, x, first, last, factor, high, low):
-    """Sums of dy and of dy*(x - mean)*factor."""
-    s = p = 0.0
+@inline
+def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
+    """Sums of what `_products` gives."""
     if _narrow(dy, x, high):
-        for begin in range(first, last, NARROW):
-            end = min(begin + NARROW, last)
-            ds, dp = _narrow_grad_sums(dy, x, begin, end, np.float32(high))
-            s += ds
-            p += dp
-        if _in_range(s, p):
-            return s, p - low * s
+        zero, one, h = np.float32(0.0), np.float32(1.0), np.float32(high)
         s = p = 0.0
-    for i in range(first, last):
-        g = np.float64(load(dy, i))
-        s += g
-        p += g * _centred(x, i, factor, high, low)
-    return s, p
-
-
-@reduction
-def _weighted_grad_sums(dy, x, first, last, factor, high, low, gamma, index):
-    """Sums of gamma*dy and of gamma*dy*(x - mean)*factor."""
-    offset = index - first
-    s = p = 0.0
-    if _narrow(dy, x, high):
         for begin in range(first, last, NARROW):
             end = min(begin + NARROW, last)
-            ds, dp = _narrow_weighted_grad_sums(
-                dy, x, begin, end, np.float32(high), gamma, begin + offset
+            ds, dp = _sum_lines(
+                lanes(x, zero), _products, begin, end, dy, x, gamma, to, one, h, zero
             )
             s += ds
             p += dp
         if _in_range(s, p):
             return s, p - low * s
-        s = p = 0.0
-    for i in range(first, last):
-        g = np.float64(load(dy, i)) * load(gamma, i + offset)
-        s += g
-        p += g * _centred(x, i, factor, high, low)
-    return s, p
-
-
-# dx of a group is a line in x plus scale*dy; all of it divided by the factor, to stay in range.
-@elementwise
-def _dx_one(dy, x, dx, first, last, factor, high, scale, slope, shift):
-    for i in range(first, last):
-        line = (times(load(x, i), factor, 0) - high) * slope + shift
-        store(dx, i, times(load(dy, i) * scale + line, factor, 0))
+    if not is_float64(x):
+        factor, high, low = 1.0, high + low, 0.0
+    return _sum_lines(
+        lanes(x, 0.0), _products, first, last, dy, x, gamma, to, factor, high, low
+    )
 
 
 @elementwise
-def _dx_of_lanes(dy, x, i, high, scale, slope, shift):
-    line = (load_lanes(x, i, x) - high) * slope + shift
-    return load_lanes(dy, i, x) * scale + line
+def _dx_of(i, count, dy, x, gamma, to, factor, high, scale, slope, shift):
+    """dx: a line in x plus scale*dy, all of it divided by the factor, to stay in range; by one
+    parameter, or with gamma by those from element `to` + i on.
+    """
+    g = load_lanes(dy, i, count, lanes(x, high))
+    if gamma is not None:
+        g = g * load_lanes(gamma, to + i, count, g)
+    line = (load_lanes(x, i, count, g) * factor - high) * slope + shift
+    return (g * scale + line) * factor
 
 
 @elementwise
-def _dx_lanes(dy, x, dx, first, last, high, scale, slope, shift):
-    """The same in float32."""
-    many = per_line(x)
-    if last - first < many:
-        _dx_one(dy, x, dx, first, last, None, high, scale, slope, shift)
-        return
-    rest = (last - first) % many
-    i = first
-    while i + 2 * many <= last - rest:
-        a = _dx_of_lanes(dy, x, i, high, scale, slope, shift)
-        b = _dx_of_lanes(dy, x, i + many, high, scale, slope, shift)
-        store_lanes(dx, i, a)
-        store_lanes(dx, i + many, b)
-        i += 2 * many
-    if i + many <= last:
-        store_lanes(dx, i, _dx_of_lanes(dy, x, i, high, scale, slope, shift))
-    if rest:  # dx is nothing that was given: the last lanes may overlap those before them
-        i = last - many
-        store_lanes(dx, i, _dx_of_lanes(dy, x, i, high, scale, slope, shift))
-
-
-@elementwise
-def _dx_many(dy, x, dx, first, last, factor, high, rstd, slope, shift, gamma, index):
-    offset = index - first
-    for i in range(first, last):
-        g = load(dy, i) * load(gamma, i + offset)
-        line = (times(load(x, i), factor, 0) - high) * slope + shift
-        store(dx, i, times(g * rstd + line, factor, 0))
-
-
-@elementwise
-def _dx_and_params(
-    dy, x, dx, first, last, factor, high, rstd, slope, shift, lift, gamma, index, dgamma, dbeta
+def _dx_and_params_of(
+    i, count, dy, x, gamma, to, factor, high, rstd, slope, shift, lift, dgamma, dbeta
 ):
-    """As `_dx_many`, and dgamma and dbeta gain dy*xhat and dy."""
-    offset = index - first
-    for i in range(first, last):
-        g, d, j = load(dy, i), times(load(x, i), factor, 0) - high, i + offset
-        store(dx, i, times((g * load(gamma, j)) * rstd + (d * slope + shift), factor, 0))
-        store(dgamma, j, load(dgamma, j) + g * (d * rstd + lift))
-        store(dbeta, j, load(dbeta, j) + g)
+    """The same with gamma; dgamma and dbeta gain dy*xhat and dy."""
+    g = load_lanes(dy, i, count, lanes(x, high))
+    d = load_lanes(x, i, count, g) * factor - high
+    weighted = g * load_lanes(gamma, to + i, count, g)
+    own = load_lanes(dgamma, to + i, count, g) + g * (d * rstd + lift)
+    store_lanes(dgamma, to + i, count, own)
+    store_lanes(dbeta, to + i, count, load_lanes(dbeta, to + i, count, g) + g)
+    return (weighted * rstd + (d * slope + shift)) * factor
 
 
 @inline
@@ -1561,13 +1663,12 @@ def _row_grads(call, group, part):
             if writes:
                 _fetch(call.dx, first, last)
         if span == 1:
-            ds, dp = _weighted_grad_sums(
-                dy, x, first, last, factor, high, low, gamma, index + inside
-            )
+            to = index + inside - first
+            ds, dp = _grad_sums(dy, x, first, last, factor, high, low, gamma, to)
             s += ds
             p += dp
         else:
-            ds, dp = _grad_sums(dy, x, first, last, factor, high, low)
+            ds, dp = _grad_sums(dy, x, first, last, factor, high, low, None, 0)
             weight = np.float64(load(gamma, index))
             s += ds * weight
             p += dp * weight
@@ -1602,50 +1703,37 @@ def _line(call, s, p, low, rstd):
 
 @inline
 def _apply_grad_stretch(
-    call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams, buffer
+    call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
 ):
     """dx of elements first..end, of one group and side by side; `_parameter` of the next."""
     dy, x, dx, gamma, axes = call.dy, call.x, call.dx, call.gamma, call.axes
-    span = axes[5]
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     slope, shift = _line(call, s, p, low, scaled)
     wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
-    target, lines, begin, stop = dx, False, first, first
-    if streams and past_line(dx, end):  # what is left of a line is not streamed
-        fetch(dx, end - 1)
+    by_element = axes[5] == 1 and axes[3] > 1
     while first < end:
-        last = min(end, end_of_run)
-        if streams:
-            if first == stop:
-                begin = first
-                stop, lines, target = _next_piece(dx, first, end, buffer)
-            last = min(last, stop)
-        elif ahead:
-            last = min(last, first + PIECE * per_line(x))
-            _fetch(dy, first + ahead, last + ahead)
-            _fetch(x, first + ahead, last + ahead)
-            _fetch(dx, first + ahead, last + ahead)
-        if span == 1 and axes[3] > 1:
-            if wide:
-                _dx_many(
-                    dy, x, target, first, last, factor, high, scaled, slope, shift, gamma, index
+        last, scale, to = min(end, end_of_run), scaled, index - first
+        if not by_element:
+            scale *= load(gamma, index)
+        if wide or _unsafe(scale):
+            form = factor, high, scale, slope, shift
+            if by_element:
+                _store_run(dx, _dx_of, x, dy, first, last, ahead, streams, dy, x, gamma, to, *form)
+            else:
+                _store_run(dx, _dx_of, x, dy, first, last, ahead, streams, dy, x, None, to, *form)
+        else:
+            narrow = (
+                np.float32(1.0), np.float32(high), np.float32(scale), np.float32(slope),
+                np.float32(shift),
+            )  # fmt: skip
+            if by_element:
+                _store_run(
+                    dx, _dx_of, x, dy, first, last, ahead, streams, dy, x, gamma, to, *narrow
                 )
             else:
-                _dx_many(
-                    dy, x, target, first, last, None, np.float32(high),
-                    np.float32(scaled), np.float32(slope), np.float32(shift), gamma, index,
-                )  # fmt: skip
-        else:
-            scale = scaled * load(gamma, index)
-            if wide or _unsafe(scale):
-                _dx_one(dy, x, target, first, last, factor, high, scale, slope, shift)
-            else:
-                _dx_lanes(
-                    dy, x, target, first, last, np.float32(high), np.float32(scale),
-                    np.float32(slope), np.float32(shift),
-                )  # fmt: skip
-        if lines and last == stop:
-            stream(dx, begin, stop, buffer)
+                _store_run(
+                    dx, _dx_of, x, dy, first, last, ahead, streams, dy, x, None, to, *narrow
+                )
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
@@ -1659,7 +1747,7 @@ def rows_backward(pointer, first, last):
     call = replaced(call, "gamma", gamma)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    streams, buffer = _streams(x, axes), scratch(0.0, BUFFER)
+    streams = _streams(x, axes)
     if stage == SUMS:
         for task in range(first, last):
             s, p = _row_grads(call, task // parts, task % parts)
@@ -1676,7 +1764,7 @@ def rows_backward(pointer, first, last):
             mean, residual, rstd = _saved(call, group)
             end = _end_of_stretch(axes, parts, group, place, at)
             index, end_of_run = _apply_grad_stretch(
-                call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams, buffer
+                call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
             )
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
@@ -1696,9 +1784,8 @@ def rows_backward(pointer, first, last):
                 index, end_of_run = _parameter(axes, at)
             for _ in range(r0):
                 found = _apply_grad_stretch(
-                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later,
-                    streams, buffer
-                )  # fmt: skip
+                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later, streams
+                )
                 at += k1 * r1
                 if r0 == 1:  # the next group's elements are the next in memory
                     index, end_of_run = found
@@ -1713,45 +1800,48 @@ def rows_backward_params(pointer, first, last):
     call = _behind(pointer)
     zero = real(call.x, 0.0)
     gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    call = replaced(call, "gamma", gamma)
-    dy, x, dx, gamma, sums = call.dy, call.x, call.dx, call.gamma, call.sums
+    dy, x, dx, sums = call.dy, call.x, call.dx, call.sums
     k0, r0, k1, r1, params, span = call.axes
     dgamma, dbeta = scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)
     for block in range(first, last):
-        end = min((block + 1) * call.rows, k0)
-        to = 2 * block * params
-        _fill(sums, to, to + 2 * params, 0.0)
+        end, share = min((block + 1) * call.rows, k0), 2 * block * params
+        start = block * call.rows * r1 % params  # a row's first parameter
+        _fill(sums, share, share + 2 * params, 0.0)
         for begin in range(block * call.rows, end, ROW_BLOCK):
             _fill(dgamma, 0, params, zero)
             _fill(dbeta, 0, params, zero)
             for row in range(begin, min(begin + ROW_BLOCK, end)):
-                s = p = 0.0
-                for part in range(0 if call.frozen else call.parts):
-                    ds, dp = _row_grads(call, row, part)
-                    s += ds
-                    p += dp
                 mean, residual, rstd = _saved(call, row)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
-                slope, shift = _line(call, s, p, low, scaled)
-                lift = -low * scaled
-                start, end_of_row = row * r1, (row + 1) * r1
-                while start < end_of_row:
-                    index, stop = _parameter(call.axes, start)
-                    stop = min(stop, end_of_row)
-                    if is_float64(x) or _extreme(rstd) or _unsafe(slope):
-                        _dx_and_params(
-                            dy, x, dx, start, stop, factor, high, scaled, slope, shift, lift,
-                            gamma, index, dgamma, dbeta,
+                at, stop, index, s, p = row * r1, (row + 1) * r1, start, 0.0, 0.0
+                while at < stop and not call.frozen:
+                    last_of_run, to = min(stop, at + params - index), index - at
+                    ds, dp = _grad_sums(dy, x, at, last_of_run, factor, high, low, gamma, to)
+                    s += ds
+                    p += dp
+                    at, index = last_of_run, 0
+                slope, shift = _line(call, s, p * scaled, low, scaled)
+                lift, wide = -low * scaled, is_float64(x) or _extreme(rstd) or _unsafe(slope)
+                at = row * r1
+                while at < stop:
+                    last_of_run, to = min(stop, at + params - start), start - at
+                    if wide:
+                        _store_lines(
+                            dx, _dx_and_params_of, at, last_of_run, False, dy, x, gamma, to,
+                            factor, high, scaled, slope, shift, lift, dgamma, dbeta,
                         )  # fmt: skip
                     else:
-                        _dx_and_params(
-                            dy, x, dx, start, stop, None, np.float32(high),
-                            np.float32(scaled), np.float32(slope), np.float32(shift),
-                            np.float32(lift), gamma, index, dgamma, dbeta,
+                        _store_lines(
+                            dx, _dx_and_params_of, at, last_of_run, False, dy, x, gamma, to,
+                            np.float32(1.0), np.float32(high), np.float32(scaled),
+                            np.float32(slope), np.float32(shift), np.float32(lift), dgamma, dbeta,
                         )  # fmt: skip
-                    start = stop
-            _add(sums, to, dgamma, 0, params)
-            _add(sums, to + params, dbeta, 0, params)
+                    start += last_of_run - at
+                    if start == params:
+                        start = 0
+                    at = last_of_run
+            _add(sums, share, dgamma, 0, params)
+            _add(sums, share + params, dbeta, 0, params)
 
 
 @elementwise
@@ -2615,7 +2705,7 @@ def param_sums(pointer, first, last):
                 stop = min(end, at + r1 - column % r1)
                 mean, residual, rstd = _saved(call, group)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
-                ds, dp = _grad_sums(dy, x, at, stop, factor, high, low)
+                ds, dp = _grad_sums(dy, x, at, stop, factor, high, low, None, 0)
                 dp *= scaled
             s += ds
             p += dp
