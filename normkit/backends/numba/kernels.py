@@ -709,6 +709,7 @@ TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of th
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
 ROW_LIMIT = 4096  #: parameters that a thread keeps on its stack: their gradients, or wider copies
+ROW_SPACE = ROW_LIMIT + _LINE  #: the same with lanes to spare
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
 #: Stages of a kernel. SUMS: a task is one part of a unit. FINISH: a task is a unit, whose parts
@@ -1618,14 +1619,14 @@ def _dx_of(i, count, dy, x, gamma, to, factor, high, scale, slope, shift):
 def _dx_and_params_of(
     i, count, dy, x, gamma, to, factor, high, rstd, slope, shift, lift, dgamma, dbeta
 ):
-    """The same with gamma; dgamma and dbeta gain dy*xhat and dy."""
+    """The same with gamma; dgamma and dbeta, which have lanes to spare, gain dy*xhat and dy."""
     g = load_lanes(dy, i, count, lanes(x, high))
     d = load_lanes(x, i, count, g) * factor - high
-    weighted = g * load_lanes(gamma, to + i, count, g)
-    own = load_lanes(dgamma, to + i, count, g) + g * (d * rstd + lift)
-    store_lanes(dgamma, to + i, count, own)
-    store_lanes(dbeta, to + i, count, load_lanes(dbeta, to + i, count, g) + g)
-    return (weighted * rstd + (d * slope + shift)) * factor
+    j = to + i  # whole lanes: what was stored in part, processors cannot load before it is in cache
+    more = first_lanes(g * (d * rstd + lift), count)
+    store_lanes(dgamma, j, None, load_lanes(dgamma, j, None, g) + more)
+    store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, g) + g)
+    return (g * load_lanes(gamma, j, count, g) * rstd + (d * slope + shift)) * factor
 
 
 @inline
@@ -1696,9 +1697,9 @@ def _line(call, s, p, low, rstd):
     """(slope, shift) of the part of dx that is linear in x*factor - high, over the factor."""
     if call.frozen:
         return 0.0, 0.0
-    count = call.axes[1] * call.axes[3]
-    slope = -rstd * rstd * (p / count)
-    return slope, (-rstd * (s / count) if call.center else 0.0) - slope * low
+    share = 1.0 / (call.axes[1] * call.axes[3])
+    slope = -rstd * rstd * (p * share)
+    return slope, (-rstd * (s * share) if call.center else 0.0) - slope * low
 
 
 @inline
@@ -1802,14 +1803,14 @@ def rows_backward_params(pointer, first, last):
     gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
     dy, x, dx, sums = call.dy, call.x, call.dx, call.sums
     k0, r0, k1, r1, params, span = call.axes
-    dgamma, dbeta = scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)
+    dgamma, dbeta = scratch(zero, ROW_SPACE), scratch(zero, ROW_SPACE)
     for block in range(first, last):
         end, share = min((block + 1) * call.rows, k0), 2 * block * params
         start = block * call.rows * r1 % params  # a row's first parameter
         _fill(sums, share, share + 2 * params, 0.0)
         for begin in range(block * call.rows, end, ROW_BLOCK):
-            _fill(dgamma, 0, params, zero)
-            _fill(dbeta, 0, params, zero)
+            _fill(dgamma, 0, params + per_line(x), zero)
+            _fill(dbeta, 0, params + per_line(x), zero)
             for row in range(begin, min(begin + ROW_BLOCK, end)):
                 mean, residual, rstd = _saved(call, row)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
