@@ -120,23 +120,6 @@ def load(typing: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
-def load_two(typing: Any, pointer: Any, index: Any) -> Any:
-    """bfloat16 elements `index` and `index` + 1: the halves of a word."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word, number = ir.IntType(32), ir.FloatType()
-        at = builder.bitcast(_element(builder, signature.args[0], *args), word.as_pointer())
-        both = builder.load(at, align=1)
-        _mark(builder, both, "alias.scope", _INPUTS)
-        low = builder.shl(both, ir.Constant(word, 16))
-        high = builder.and_(both, ir.Constant(word, 0xFFFF0000))
-        two = [builder.bitcast(low, number), builder.bitcast(high, number)]
-        return context.make_tuple(builder, signature.return_type, two)
-
-    return types.UniTuple(types.float32, 2)(pointer, types.int64), generate
-
-
-@intrinsic
 def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Round `value`, float32 or float64, to the element type and store it."""
 
@@ -163,20 +146,21 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
 
 
 class Lanes(types.Type):
-    """As many elements as a cache line has, as numbers of one type.
+    """As many elements as a cache line has, or fewer, as numbers of one type.
 
-    What loops over lanes leave is loaded and stored in part: the lanes beyond are 0. Of bfloat16
-    elements, the even ones are the first half: each shares a word with the next.
+    What loops over lanes leave is loaded and stored in part: the lanes beyond are 0. Of `paired`
+    bfloat16 elements, the even ones are the first half: each shares a word with the next.
     """
 
-    def __init__(self, element: str, number: Any) -> None:
-        self.element, self.number, self.count = element, number, _LINE // _SIZES[element]
-        super().__init__(f"normkit.Lanes({element}, {number})")
+    def __init__(self, element: str, number: Any, paired: bool, count: int = _LINE) -> None:
+        self.element, self.number, self.paired = element, number, paired and element == "bfloat16"
+        self.count = min(count, _LINE // _SIZES[element])
+        super().__init__(f"normkit.Lanes({element}, {number}, {self.paired}, {self.count})")
 
     @property
     def order(self) -> list[int]:
         """Which element of memory each lane is."""
-        if self.element == "bfloat16":
+        if self.paired:
             return [*range(0, self.count, 2), *range(1, self.count, 2)]
         return [*range(self.count)]
 
@@ -210,24 +194,50 @@ def _splat(builder: Any, value: Any, count: int) -> Any:
     return builder.shuffle_vector(one, undefined, _word(0, count))
 
 
+def _zeros(*form: Any) -> Any:
+    def make(typing: Any, pointer: Any, number: Any) -> Any:
+        """Zeros of the type of `number`, or of numbers behind it, for elements like `pointer`'s."""
+        kind = number.real if isinstance(number, Pointer) else types.unliteral(number)
+        kind = Lanes(pointer.element, kind, *form)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return ir.Constant(kind.vector(), [0.0] * kind.count)
+
+        return kind(pointer, number), generate
+
+    return intrinsic(make)
+
+
+lanes = _zeros(True)
+lanes_in_order = _zeros(False)  #: for tables of float32 or float64 beside the elements
+lanes_of_sums = _zeros(False, 16)  #: as many as registers hold in float64, with their sums
+
+
 @intrinsic
-def lanes(typing: Any, pointer: Any, zero: Any) -> Any:
-    """Zeros of the type of number `zero`, for elements as those behind `pointer`."""
-    kind = Lanes(pointer.element, types.unliteral(zero))
+def widened(typing: Any, value: Any) -> Any:
+    """Lanes in float64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(kind.vector(), [0.0] * kind.count)
+        return args[0] if value is wide else builder.fpext(args[0], wide.vector())
 
-    return kind(pointer, zero), generate
+    wide = Lanes(value.element, types.float64, value.paired, value.count)
+    return wide(value), generate
 
 
 @intrinsic
 def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> Any:
     """Elements from `index` on, `count` or with None all, as numbers of the type of lanes `like`
-    and in their order.
+    and in their order; a number instead of a pointer in all lanes.
     """
 
+    def convert(builder: Any, value: Any, number: Any) -> Any:
+        if number is like.number:
+            return value
+        return (builder.fpext if number is types.float32 else builder.fptrunc)(value, like.vector())
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not isinstance(pointer, Pointer):
+            return convert(builder, _splat(builder, args[0], like.count), pointer)
         kind, stored = signature.args[0], like.stored(signature.args[0].element)
         at = builder.bitcast(_element(builder, kind, *args[:2]), stored.as_pointer())
         if signature.args[2] is types.none:
@@ -240,8 +250,12 @@ def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> 
             _mark(builder, value, "alias.scope", _SCRATCH)
         elif kind.role == "in":
             _mark(builder, value, "alias.scope", _INPUTS)
-        number, half = types.float32, like.count // 2
-        if kind.element == "bfloat16":
+        number: Any = types.float32
+        half = like.count // 2
+        if kind.element == "bfloat16" and not like.paired:
+            words = builder.zext(value, _word(0, like.count).type)
+            value = builder.bitcast(builder.shl(words, _word(16, like.count)), like.vector(number))
+        elif kind.element == "bfloat16":
             words = builder.bitcast(value, _word(0, half).type)
             low = builder.shl(words, _word(16, half))
             high = builder.and_(words, _word(0xFFFF0000, half))
@@ -252,12 +266,9 @@ def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> 
             value = builder.fpext(value, like.vector(number))
         elif kind.element == "float64":
             number = types.float64
-        if like.element == "bfloat16" != kind.element:
+        if like.paired and kind.element != "bfloat16":
             value = builder.shuffle_vector(value, value, _words(like.order))
-        if number is like.number:
-            return value
-        convert = builder.fpext if number is types.float32 else builder.fptrunc
-        return convert(value, like.vector())
+        return convert(builder, value, number)
 
     return like(pointer, types.int64, count, like), generate
 
@@ -279,6 +290,9 @@ def _storing(streams: bool) -> Any:
             if kind.element == "float16":
                 value = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes.count))
                 value = builder.bitcast(value, stored)
+            elif kind.element == "bfloat16" and not lanes.paired:
+                words = builder.lshr(_round_to_bfloat16(builder, value), _word(16, lanes.count))
+                value = builder.trunc(words, stored)
             elif kind.element == "bfloat16":
                 words, half = _round_to_bfloat16(builder, value), lanes.count // 2
                 low = builder.shuffle_vector(words, words, _words(range(half)))
@@ -286,7 +300,7 @@ def _storing(streams: bool) -> Any:
                 low = builder.lshr(low, _word(16, half))
                 value = builder.or_(low, builder.and_(high, _word(0xFFFF0000, half)))
                 value = builder.bitcast(value, stored)
-            elif lanes.element == "bfloat16":
+            elif lanes.paired:
                 places = sorted(range(lanes.count), key=lanes.order.__getitem__)
                 value = builder.shuffle_vector(value, value, _words(places))
             at = builder.bitcast(_element(builder, kind, pointer, index), stored.as_pointer())
@@ -380,13 +394,14 @@ _define(operator.mul, "fmul")
 
 
 @intrinsic
-def per_line(typing: Any, pointer: Any) -> Any:
-    """Elements to a cache line: known at compile time."""
+def per_line(typing: Any, like: Any) -> Any:
+    """Elements to a cache line, or the number of lanes: known at compile time."""
+    count = like.count if isinstance(like, Lanes) else _LINE // _SIZES[like.element]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(ir.IntType(64), _LINE // _SIZES[pointer.element])
+        return ir.Constant(ir.IntType(64), count)
 
-    return types.int64(pointer), generate
+    return types.int64(like), generate
 
 
 def _prefetch(far: bool) -> Any:
@@ -425,49 +440,16 @@ def past_line(typing: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
-def aside(typing: Any, pointer: Any, index: Any, buffer: Any, wanted: Any) -> Any:
-    """`pointer`, or if `wanted` one whose element `index` is the first of `buffer`."""
+def is_aligned(typing: Any, pointer: Any) -> Any:
+    """Whether elements begin at multiples of their size."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer, index, buffer, wanted = args
-        other = _element(builder, signature.args[0], buffer, builder.neg(index))
-        return builder.select(wanted, builder.bitcast(other, _BYTE), pointer)
+        word = ir.IntType(64)
+        past = ir.Constant(word, _SIZES[pointer.element] - 1)
+        past = builder.and_(builder.ptrtoint(args[0], word), past)
+        return builder.icmp_unsigned("==", past, ir.Constant(word, 0))
 
-    return pointer(pointer, types.int64, buffer, types.boolean), generate
-
-
-@intrinsic
-def stream(typing: Any, pointer: Any, first: Any, last: Any, buffer: Any) -> Any:
-    """Write `buffer` to elements first..last; whole cache lines of theirs past all caches."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind, (pointer, first, last, buffer) = signature.args[0], args
-        word, line = ir.IntType(64), ir.VectorType(ir.IntType(32), 16).as_pointer()
-        begin, end = (_element(builder, kind, pointer, index) for index in (first, last))
-        begin, end = (builder.ptrtoint(place, word) for place in (begin, end))
-        mask = ir.Constant(word, -_LINE)
-        inner = builder.and_(builder.add(begin, ir.Constant(word, _LINE - 1)), mask)
-        inner = builder.select(builder.icmp_unsigned("<", inner, end), inner, end)
-        outer = builder.and_(end, mask)
-        outer = builder.select(builder.icmp_unsigned(">", outer, inner), outer, inner)
-
-        def source(place: Any) -> Any:
-            return builder.gep(buffer, [builder.sub(place, begin)])
-
-        def copy(low: Any, high: Any) -> None:
-            target = builder.inttoptr(low, _BYTE)
-            cgutils.raw_memcpy(builder, target, source(low), builder.sub(high, low), 1)
-
-        copy(begin, inner)
-        one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        with cgutils.for_range_slice(builder, inner, outer, ir.Constant(word, _LINE)) as (place, _):
-            value = builder.load(builder.bitcast(source(place), line), align=1)
-            done = builder.store(value, builder.inttoptr(place, line), align=_LINE)
-            done.set_metadata("nontemporal", one)
-        copy(outer, end)
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64, types.int64, buffer), generate
+    return types.boolean(pointer), generate
 
 
 @intrinsic
@@ -527,37 +509,6 @@ def real(typing: Any, pointer: Any, value: Any) -> Any:
         return builder.fptrunc(args[1], ir.FloatType()) if narrow else args[1]
 
     return pointer.real(pointer, types.float64), generate
-
-
-@intrinsic
-def times(typing: Any, value: Any, factor: Any, index: Any) -> Any:
-    """`value` times a power of two: a number, one of several, or None for 1."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value, by = signature.args[0], signature.args[1]
-        if isinstance(by, types.NoneType):
-            return args[0]
-        factor = builder.load(_element(builder, by, *args[1:])) if by == many else args[1]
-        if value is types.float32:
-            args = [builder.fpext(args[0], ir.DoubleType())]
-        return builder.fmul(args[0], factor, flags=("contract",))
-
-    many = Pointer("float64", "scratch")
-    result = value if isinstance(factor, types.NoneType) else types.float64
-    return result(value, factor, types.int64), generate
-
-
-@intrinsic
-def shifted(typing: Any, value: Any, shift: Any, index: Any, like: Any) -> Any:
-    """`value` in the type of number `like`; a float64 one less one of several numbers."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kinds = signature.args
-        if kinds[0] is types.float64:
-            return builder.fsub(args[0], builder.load(_element(builder, kinds[1], *args[1:3])))
-        return args[0] if like is types.float32 else builder.fpext(args[0], ir.DoubleType())
-
-    return like(value, shift, types.int64, like), generate
 
 
 @intrinsic
@@ -701,8 +652,6 @@ AHEAD = 2  #: rows of columns that they are fetched ahead
 LEAD_ROWS = 16  #: the same where they are summed
 STRIP = 64  #: columns that are summed, of a few rows at once, before others are asked for
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
-BUFFERED = 32  #: cache lines that are streamed together
-BUFFER = 8 * BUFFERED  #: words of 8 bytes in them
 SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 SLAB = 256  #: columns that one task of the columns family sums side by side
 TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
@@ -867,30 +816,20 @@ def _fetch_early(pointer, first, last):
 # What is written past the caches need not be read first, a third of the traffic. It pays where the
 # result would not stay in them, and on AMD's processors; Intel's do better by asking ahead.
 @inline
-def _streams(x, axes):
-    """Whether to write the result past the caches, by way of a buffer.
+def _streams(to, axes):
+    """Whether to write the result past the caches.
 
     Of columns, only rows that are whole lines long: others gain nothing. Rows, and halves, whose
     arithmetic takes longer than memory, gain from twice as many lines on.
     """
     k0, r0, k1, r1, params, span = axes
-    lines = k0 * r0 * k1 * r1 // per_line(x)
+    lines = k0 * r0 * k1 * r1 // per_line(to)
     if r0 > 1 and r1 < SHORT:
-        least = STREAMED if significand(x) >= 24 else 2 * STREAMED
-        return STREAMS and lines >= least and k1 * r1 % per_line(x) == 0
-    return STREAMS and lines >= 2 * STREAMED and r1 >= LONG * per_line(x)
-
-
-@inline
-def _next_piece(y, first, last, buffer):
-    """(end, whether it is to be streamed, where to write it) of the next piece of first..last.
-
-    What is streamed are whole cache lines.
-    """
-    size, past = per_line(y), past_line(y, first)
-    if past or last - first < size:
-        return min(last, first + size - past), False, y
-    return first + min(BUFFERED, (last - first) // size) * size, True, aside(y, first, buffer, True)
+        wide, least = k1 * r1 % per_line(to) == 0, STREAMED
+        least *= 1 if significand(to) >= 24 else 2
+    else:
+        wide, least = r1 >= LONG * per_line(to), 2 * STREAMED
+    return STREAMS and wide and lines >= least and is_aligned(to)
 
 
 # A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
@@ -926,8 +865,10 @@ def _end_of_stretch(axes, parts, group, place, at):
 
 
 # ----------------------------------------------------------------------------------- loops of lanes
-# What they do with the lanes of a line is a function's: ``make(i, count, *what)`` for the elements
-# from i on, `count` of them if it is not None. (As a first argument, Numba would warn of it.)
+# What they do with the lanes of a line is a function's: ``make(i, count, like, *what)`` for the
+# elements from i on, `count` of them if it is not None, in lanes as `like`. What it makes depends
+# on numbers, or on tables whose first entry is for element `at`. (Before other arguments, Numba
+# would warn of a function.)
 @elementwise
 def _plus(a, b):
     return a[0] + b[0], a[1] + b[1]
@@ -937,11 +878,10 @@ def _plus(a, b):
 def _sum_lines(like, make, first, last, *what):
     """The sums of the two lanes that ``make(i, count, like, *what)`` gives."""
     many = per_line(like)
-    count = min(many, last - first)
-    a = make(first, count, like, *what)
-    i = first + count
-    if i < last:
-        b = like, like
+    if last - first < many:
+        a = make(first, last - first, like, *what)
+    else:
+        a, b, i = make(first, None, like, *what), (like, like), first + many
         while i + 2 * many <= last:
             a = _plus(a, make(i, None, like, *what))
             b = _plus(b, make(i + many, None, like, *what))
@@ -956,9 +896,9 @@ def _sum_lines(like, make, first, last, *what):
 
 
 @elementwise
-def _store_lines(to, make, first, last, streams, *what):
-    """Let elements first..last of `to` be what ``make(i, count, *what)`` gives."""
-    many = per_line(to)
+def _store_lines(to, make, like, first, last, streams, *what):
+    """Let elements first..last of `to` be what ``make(i, count, like, *what)`` gives."""
+    many = per_line(like)
     i = first
     if streams:
         past = past_line(to, first)
@@ -966,27 +906,27 @@ def _store_lines(to, make, first, last, streams, *what):
             fetch(to, last - 1)
         if past:
             i = min(last, first + many - past)
-            store_lanes(to, first, i - first, make(first, i - first, *what))
+            store_lanes(to, first, i - first, make(first, i - first, like, *what))
         while i + many <= last:
-            stream_lanes(to, i, None, make(i, None, *what))
+            stream_lanes(to, i, None, make(i, None, like, *what))
             i += many
     while i + 4 * many <= last:
-        a, b = make(i, None, *what), make(i + many, None, *what)
-        c, d = make(i + 2 * many, None, *what), make(i + 3 * many, None, *what)
+        a, b = make(i, None, like, *what), make(i + many, None, like, *what)
+        c, d = make(i + 2 * many, None, like, *what), make(i + 3 * many, None, like, *what)
         store_lanes(to, i, None, a)
         store_lanes(to, i + many, None, b)
         store_lanes(to, i + 2 * many, None, c)
         store_lanes(to, i + 3 * many, None, d)
         i += 4 * many
     while i + many <= last:
-        store_lanes(to, i, None, make(i, None, *what))
+        store_lanes(to, i, None, make(i, None, like, *what))
         i += many
     if i < last:
-        store_lanes(to, i, last - i, make(i, last - i, *what))
+        store_lanes(to, i, last - i, make(i, last - i, like, *what))
 
 
 @inline
-def _store_run(to, make, x, dy, first, last, ahead, streams, *what):
+def _store_run(to, make, like, x, dy, first, last, ahead, streams, *what):
     """The same; memory is asked for `ahead` elements early, if that is not 0."""
     while first < last:
         stop = last
@@ -996,14 +936,20 @@ def _store_run(to, make, x, dy, first, last, ahead, streams, *what):
                 _fetch(dy, first + ahead, stop + ahead)
             _fetch(x, first + ahead, stop + ahead)
             _fetch(to, first + ahead, stop + ahead)
-        _store_lines(to, make, first, stop, streams, *what)
+        _store_lines(to, make, like, first, stop, streams, *what)
         first = stop
 
 
 # ------------------------------------------------------------------------------------------ moments
 @elementwise
-def _powers(i, count, like, x, shift, before, after):
-    d = first_lanes((load_lanes(x, i, count, like) * before - shift) * after, count)
+def _powers(i, count, like, at, x, shift, before, after):
+    """(x*before - shift)*after and its square; if those are None, 1 of them and shift float64's."""
+    d, about = load_lanes(x, i, count, like), load_lanes(shift, i - at, count, like)
+    if before is not None:
+        d = (d * before - about) * after
+    elif is_float64(x):
+        d = d - about
+    d = first_lanes(d, count)
     return d, d * d
 
 
@@ -1022,16 +968,16 @@ def _is_kept(x, s, q, count):
 def _sums(x, first, last, shift, before, after):
     """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
     if significand(x) < 24 and shift == 0.0:
-        zero, one = np.float32(0.0), np.float32(1.0)
+        zero = np.float32(0.0)
         s = q = 0.0
         for begin in range(first, last, NARROW):
             end = min(begin + NARROW, last)
-            ds, dq = _sum_lines(lanes(x, zero), _powers, begin, end, x, zero, one, one)
+            ds, dq = _sum_lines(lanes(x, zero), _powers, begin, end, 0, x, zero, None, None)
             s += ds
             q += dq
         if _is_kept(x, s, q, last - first):
             return s, q
-    return _sum_lines(lanes(x, 0.0), _powers, first, last, x, shift, before, after)
+    return _sum_lines(lanes(x, 0.0), _powers, first, last, 0, x, shift, before, after)
 
 
 @plain
@@ -1061,7 +1007,7 @@ def _part_sums(call, group, part, shift, before, after):
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
     ahead = _ahead_of_sums(x, axes)
-    writes = given(y) and r0 * r1 <= STAYS and not _streams(x, axes)
+    writes = given(y) and r0 * r1 <= STAYS and not _streams(y, axes)
     s = q = 0.0
     for _ in range(count):
         first, last = origin + at, origin + min(at + CHUNK, r1)
@@ -1316,12 +1262,18 @@ def _centre(x, mean, residual, rstd):
 # ------------------------------------------------------------------------------------ rows: forward
 # The types of the numbers decide the type of the arithmetic: each loop serves float32 and float64.
 @elementwise
-def _y_of(i, count, x, gamma, beta, to, factor, high, scale, shift):
-    """y by one parameter, or with gamma and beta by those from element `to` + i on."""
-    z = (load_lanes(x, i, count, lanes(x, high)) * factor - high) * scale + shift
+def _y_of(i, count, like, at, x, factor, high, scale, shift, gamma, beta, to):
+    """y = (x*factor - high)*scale + shift, without a factor if that is None; with gamma and beta,
+    numbers or parameters of which `to` + i is the first, that times gamma + beta.
+    """
+    j, d = i - at, load_lanes(x, i, count, like)
+    if factor is not None:
+        d = d * load_lanes(factor, j, count, like)
+    d = d - load_lanes(high, j, count, like)
+    z = d * load_lanes(scale, j, count, like) + load_lanes(shift, j, count, like)
     if gamma is None:
         return z
-    return z * load_lanes(gamma, to + i, count, z) + load_lanes(beta, to + i, count, z)
+    return z * load_lanes(gamma, to + i, count, like) + load_lanes(beta, to + i, count, like)
 
 
 @inline
@@ -1356,8 +1308,9 @@ def _formulas(call, group, groups, alike, mean, residual, rstd, high, scale, shi
     if not alike:
         return _formulas_plain(call, groups, mean, residual, rstd, high, scale, shift)
     wides = 0
+    at = _origin(call.axes, group)
+    index, end_of_run = _parameter(call.axes, at)
     for i in range(groups):
-        index, _ = _parameter(call.axes, _origin(call.axes, group + i))
         gamma, beta = np.float64(load(call.gamma, index)), np.float64(load(call.beta, index))
         m, e, r = load(mean, i), load(residual, i), load(rstd, i)
         wide, h, a, b = _formula(call, m, e, r, gamma, beta)
@@ -1365,6 +1318,9 @@ def _formulas(call, group, groups, alike, mean, residual, rstd, high, scale, shi
         store(scale, i, a)
         store(shift, i, b)
         wides += wide
+        # As if all groups were side by side: rows of them begin with the same parameter.
+        at += call.axes[3]
+        index, end_of_run = _next_parameter(call.axes, index, end_of_run, at - call.axes[3], at)
     return wides
 
 
@@ -1386,16 +1342,17 @@ def _apply_groups(call, alike, first, size, stride, count, i, step, ahead, strea
 def _apply_each(
     x, y, gamma, beta, params, first, size, stride, count, i, step, ahead, streams, table
 ):
-    """y of `count` stretches of `size` elements by what `_formulas` gave of groups i, i + step..."""
+    """y of `count` stretches of `size` elements, by the `_formulas` of every `step`-th group."""
     high, scale, shift = table
     index, hop, one = first % params, stride % params, real(x, 1.0)
+    like = lanes(x, one)
     for _ in range(count):
         last, to = first + size, index - first
-        form = x, gamma, beta, to, one, load(high, i), load(scale, i), load(shift, i)
+        form = 0, x, one, load(high, i), load(scale, i), load(shift, i), gamma, beta, to
         if ahead or streams:
-            _store_run(y, _y_of, x, None, first, last, ahead, streams, *form)
+            _store_run(y, _y_of, like, x, None, first, last, ahead, streams, *form)
         else:
-            _store_lines(y, _y_of, first, last, False, *form)
+            _store_lines(y, _y_of, like, first, last, False, *form)
         first += stride
         i += step
         index += hop
@@ -1415,22 +1372,19 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ah
             scale *= load(gamma, index)
             shift += load(beta, index)
         shift -= low * scale
+        run = x, None, first, last, ahead, streams, 0, x
         if is_float64(x) or _extreme(rstd) or _unsafe(scale):
-            form = factor, high, scale, shift
+            like, form = lanes(x, scale), (factor, high, scale, shift)
             if by_element:
-                _store_run(y, _y_of, x, None, first, last, ahead, streams, x, gamma, beta, to, *form)
+                _store_run(y, _y_of, like, *run, *form, gamma, beta, to)
             else:
-                _store_run(y, _y_of, x, None, first, last, ahead, streams, x, None, None, to, *form)
+                _store_run(y, _y_of, like, *run, *form, None, None, 0)
         else:
             narrow = np.float32(1.0), np.float32(high), np.float32(scale), np.float32(shift)
             if by_element:
-                _store_run(
-                    y, _y_of, x, None, first, last, ahead, streams, x, gamma, beta, to, *narrow
-                )
+                _store_run(y, _y_of, lanes(x, narrow[0]), *run, *narrow, gamma, beta, to)
             else:
-                _store_run(
-                    y, _y_of, x, None, first, last, ahead, streams, x, None, None, to, *narrow
-                )
+                _store_run(y, _y_of, lanes(x, narrow[0]), *run, *narrow, None, None, 0)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
 
@@ -1456,11 +1410,11 @@ def rows_forward(pointer, first, last):
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     table = scratch(zero, SLAB), scratch(zero, SLAB), scratch(zero, SLAB)
-    streams = _streams(x, axes)
+    streams = _streams(call.y, axes)
     # Whether a group has one parameter; whether that, or each stretch as many as elements, which
     # follow each other: then `_formulas` serve.
     alike = span % r1 == 0 and (r0 == 1 or _by_column(axes))
-    uniform = alike or span == 1 and params % r1 == 0
+    uniform = alike or (span == 1 and params % r1 == 0)
     rounds = 2 if is_float64(x) and call.center else 1
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
     if stage == SUMS:
@@ -1492,9 +1446,7 @@ def rows_forward(pointer, first, last):
             else:
                 index, end_of_run = _parameter(axes, at)
                 m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-                _apply_stretch(
-                    call, at, at + size, index, end_of_run, m, e, r, ahead, streams
-                )
+                _apply_stretch(call, at, at + size, index, end_of_run, m, e, r, ahead, streams)
             task += count
             at += count * size
             skipped = count - 1
@@ -1543,9 +1495,7 @@ def rows_forward(pointer, first, last):
                 for row in range(r0):
                     if row == 0 or not fixed:
                         index, end_of_run = _parameter(axes, at)
-                    _apply_stretch(
-                        call, at, at + r1, index, end_of_run, m, e, r, later, streams
-                    )
+                    _apply_stretch(call, at, at + r1, index, end_of_run, m, e, r, later, streams)
                     at += k1 * r1
                     end_of_run += k1 * r1
 
@@ -1560,12 +1510,16 @@ def _centred(x, i, factor, high, low):
 
 
 @elementwise
-def _products(i, count, like, dy, x, gamma, to, factor, high, low):
-    """dy, and dy*(x - mean)*factor; with gamma, both times the parameters from `to` + i on."""
-    g = load_lanes(dy, i, count, like)
+def _products(i, count, like, at, dy, x, gamma, to, factor, high, low):
+    """dy, and dy*(x - mean)*factor; with gamma, a number or parameters of which `to` + i is the
+    first, both times gamma.
+    """
+    j = i - at
+    g, d = load_lanes(dy, i, count, like), load_lanes(x, i, count, like)
     if gamma is not None:
         g = g * load_lanes(gamma, to + i, count, like)
-    d = (load_lanes(x, i, count, like) * factor - high) - low
+    h, e = load_lanes(high, j, count, like), load_lanes(low, j, count, like)
+    d = (d * load_lanes(factor, j, count, like) - h) - e if is_float64(x) else d - (h + e)
     return g, first_lanes(g * d, count)
 
 
@@ -1585,48 +1539,49 @@ def _in_range(s, p):
 def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
     """Sums of what `_products` gives."""
     if _narrow(dy, x, high):
-        zero, one, h = np.float32(0.0), np.float32(1.0), np.float32(high)
+        zero, h = np.float32(0.0), np.float32(high)
+        like = lanes(x, zero)
         s = p = 0.0
         for begin in range(first, last, NARROW):
             end = min(begin + NARROW, last)
-            ds, dp = _sum_lines(
-                lanes(x, zero), _products, begin, end, dy, x, gamma, to, one, h, zero
-            )
+            ds, dp = _sum_lines(like, _products, begin, end, 0, dy, x, gamma, to, h, h, zero)
             s += ds
             p += dp
         if _in_range(s, p):
             return s, p - low * s
-    if not is_float64(x):
-        factor, high, low = 1.0, high + low, 0.0
-    return _sum_lines(
-        lanes(x, 0.0), _products, first, last, dy, x, gamma, to, factor, high, low
-    )
+    like = lanes(x, 0.0)
+    return _sum_lines(like, _products, first, last, 0, dy, x, gamma, to, factor, high, low)
 
 
 @elementwise
-def _dx_of(i, count, dy, x, gamma, to, factor, high, scale, slope, shift):
-    """dx: a line in x plus scale*dy, all of it divided by the factor, to stay in range; by one
-    parameter, or with gamma by those from element `to` + i on.
+def _dx_of(i, count, like, at, dy, x, gamma, to, factor, high, scale, slope, shift):
+    """dx: a line in x plus scale*dy, all of it divided by the factor, if there is one, to stay in
+    range; with gamma, a number or parameters of which `to` + i is the first, dy is first multiplied
+    by it.
     """
-    g = load_lanes(dy, i, count, lanes(x, high))
+    j, d, g = i - at, load_lanes(x, i, count, like), load_lanes(dy, i, count, like)
     if gamma is not None:
-        g = g * load_lanes(gamma, to + i, count, g)
-    line = (load_lanes(x, i, count, g) * factor - high) * slope + shift
-    return (g * scale + line) * factor
+        g = g * load_lanes(gamma, to + i, count, like)
+    if factor is not None:
+        d = d * load_lanes(factor, j, count, like)
+    d = d - load_lanes(high, j, count, like)
+    line = d * load_lanes(slope, j, count, like) + load_lanes(shift, j, count, like)
+    dx = g * load_lanes(scale, j, count, like) + line
+    return dx if factor is None else dx * load_lanes(factor, j, count, like)
 
 
 @elementwise
 def _dx_and_params_of(
-    i, count, dy, x, gamma, to, factor, high, rstd, slope, shift, lift, dgamma, dbeta
+    i, count, like, dy, x, gamma, to, factor, high, rstd, slope, shift, lift, dgamma, dbeta
 ):
-    """The same with gamma; dgamma and dbeta, which have lanes to spare, gain dy*xhat and dy."""
-    g = load_lanes(dy, i, count, lanes(x, high))
-    d = load_lanes(x, i, count, g) * factor - high
+    """The same by gamma; dgamma and dbeta, which have lanes to spare, gain dy*xhat and dy."""
+    g = load_lanes(dy, i, count, like)
+    d = load_lanes(x, i, count, like) * factor - high
     j = to + i  # whole lanes: what was stored in part, processors cannot load before it is in cache
     more = first_lanes(g * (d * rstd + lift), count)
-    store_lanes(dgamma, j, None, load_lanes(dgamma, j, None, g) + more)
-    store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, g) + g)
-    return (g * load_lanes(gamma, j, count, g) * rstd + (d * slope + shift)) * factor
+    store_lanes(dgamma, j, None, load_lanes(dgamma, j, None, like) + more)
+    store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, like) + g)
+    return (g * load_lanes(gamma, j, count, like) * rstd + (d * slope + shift)) * factor
 
 
 @inline
@@ -1653,7 +1608,7 @@ def _row_grads(call, group, part):
     fixed = r0 == 1 or _by_column(call.axes)
     first_of_row = index if at == 0 else _parameter(call.axes, origin)[0]
     ahead = _ahead_of_sums(x, call.axes)
-    writes = r0 * r1 <= STAYS and not _streams(x, call.axes)
+    writes = r0 * r1 <= STAYS and not _streams(call.dx, call.axes)
     s = p = 0.0
     for _ in range(count):
         first = origin + at + inside
@@ -1716,25 +1671,20 @@ def _apply_grad_stretch(
         last, scale, to = min(end, end_of_run), scaled, index - first
         if not by_element:
             scale *= load(gamma, index)
+        run = x, dy, first, last, ahead, streams, 0, dy, x
         if wide or _unsafe(scale):
-            form = factor, high, scale, slope, shift
+            like, form = lanes(x, scale), (factor, high, scale, slope, shift)
             if by_element:
-                _store_run(dx, _dx_of, x, dy, first, last, ahead, streams, dy, x, gamma, to, *form)
+                _store_run(dx, _dx_of, like, *run, gamma, to, *form)
             else:
-                _store_run(dx, _dx_of, x, dy, first, last, ahead, streams, dy, x, None, to, *form)
+                _store_run(dx, _dx_of, like, *run, None, 0, *form)
         else:
-            narrow = (
-                np.float32(1.0), np.float32(high), np.float32(scale), np.float32(slope),
-                np.float32(shift),
-            )  # fmt: skip
+            one = np.float32(1.0)
+            narrow = one, np.float32(high), np.float32(scale), np.float32(slope), np.float32(shift)
             if by_element:
-                _store_run(
-                    dx, _dx_of, x, dy, first, last, ahead, streams, dy, x, gamma, to, *narrow
-                )
+                _store_run(dx, _dx_of, lanes(x, one), *run, gamma, to, *narrow)
             else:
-                _store_run(
-                    dx, _dx_of, x, dy, first, last, ahead, streams, dy, x, None, to, *narrow
-                )
+                _store_run(dx, _dx_of, lanes(x, one), *run, None, 0, *narrow)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
@@ -1748,7 +1698,7 @@ def rows_backward(pointer, first, last):
     call = replaced(call, "gamma", gamma)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    streams = _streams(x, axes)
+    streams = _streams(call.dx, axes)
     if stage == SUMS:
         for task in range(first, last):
             s, p = _row_grads(call, task // parts, task % parts)
@@ -1828,13 +1778,14 @@ def rows_backward_params(pointer, first, last):
                     last_of_run, to = min(stop, at + params - start), start - at
                     if wide:
                         _store_lines(
-                            dx, _dx_and_params_of, at, last_of_run, False, dy, x, gamma, to,
-                            factor, high, scaled, slope, shift, lift, dgamma, dbeta,
+                            dx, _dx_and_params_of, lanes(x, 0.0), at, last_of_run, False, dy, x,
+                            gamma, to, factor, high, scaled, slope, shift, lift, dgamma, dbeta,
                         )  # fmt: skip
                     else:
+                        one = np.float32(1.0)
                         _store_lines(
-                            dx, _dx_and_params_of, at, last_of_run, False, dy, x, gamma, to,
-                            np.float32(1.0), np.float32(high), np.float32(scaled),
+                            dx, _dx_and_params_of, lanes(x, one), at, last_of_run, False, dy, x,
+                            gamma, to, one, np.float32(high), np.float32(scaled),
                             np.float32(slope), np.float32(shift), np.float32(lift), dgamma, dbeta,
                         )  # fmt: skip
                     start += last_of_run - at
@@ -1904,19 +1855,29 @@ def _side_by_side(axes, columns):
 
 
 @elementwise
-def _sum_columns(x, at, stride, rows, first, last, shift, zero, sums, to):
-    """Add those of `rows` rows to the columns' sums of x - shift, and of its square.
+def _add_line_of_columns(like, make, sums, to, j, count, at, stride, rows, *what):
+    a = make(at + j, count, like, at, *what)
+    for _ in range(1, rows):
+        at += stride
+        a = _plus(a, make(at + j, count, like, at, *what))
+    wide = widened(like)
+    for kind in range(2):
+        k = to + kind * SLAB + j
+        store_lanes(sums, k, count, load_lanes(sums, k, count, wide) + widened(a[kind]))
 
-    The rows are added up in the type of `zero`.
+
+@elementwise
+def _sum_columns(like, make, sums, to, first, last, at, stride, rows, *what):
+    """Add to the columns' pairs of sums those of what ``make`` gives of `rows` rows, which are
+    added up in the type of `like`.
     """
-    for j in range(first, last):
-        s = q = zero
-        for row in range(rows):
-            d = shifted(load(x, at + row * stride + j), shift, j, zero)
-            s += d
-            q += d * d
-        store(sums, to + j, load(sums, to + j) + s)
-        store(sums, to + SLAB + j, load(sums, to + SLAB + j) + q)
+    many = per_line(like)
+    j = first
+    while j + many <= last:
+        _add_line_of_columns(like, make, sums, to, j, None, at, stride, rows, *what)
+        j += many
+    if j < last:
+        _add_line_of_columns(like, make, sums, to, j, last - j, at, stride, rows, *what)
 
 
 @inline
@@ -1956,9 +1917,10 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
     """`_column_sums`, every eight rows being added up in the type of `zero`."""
     k0, r0, k1, r1, params, span = call.axes
     _, _, _, columns, origin = _slab(call.axes, unit)
+    x, like = call.x, lanes_of_sums(call.x, zero)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
     stride, many = k1 * r1, _side_by_side(call.axes, columns)
-    ahead = _far(call.x, call.axes)
+    ahead = _far(x, call.axes)
     _clear_pair(sums, to, many * columns)
     wide = many * columns
     strip = STRIP if ahead else wide
@@ -1966,18 +1928,19 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
         at = origin + row * stride
         for first in range(0, wide, strip):
             if ahead:
-                _fetch_share(call.x, at, many * stride, 8, wide, first)
+                _fetch_share(x, at, many * stride, 8, wide, first)
             last = min(first + strip, wide)
-            _sum_columns(call.x, at, many * stride, 8, first, last, shift, zero, sums, to)
+            _sum_columns(
+                like, _powers, sums, to, first, last, at, many * stride, 8, x, shift, None, None
+            )
         row += 8 * many
-    begin = np.int64(0)  # for a literal, what it is given to would be compiled once more
     while row + 8 <= end:
-        _sum_columns(
-            call.x, origin + row * stride, stride, 8, begin, columns, shift, zero, sums, to
-        )
+        at = origin + row * stride
+        _sum_columns(like, _powers, sums, to, 0, columns, at, stride, 8, x, shift, None, None)
         row += 8
     while row < end:
-        _sum_columns(call.x, origin + row * stride, stride, 1, begin, columns, shift, 0.0, sums, to)
+        at = origin + row * stride
+        _sum_columns(like, _powers, sums, to, 0, columns, at, stride, 1, x, shift, None, None)
         row += 1
     _gather_pair(sums, to, many, columns)
 
@@ -2216,73 +2179,40 @@ def _spread_to(target, values, count, step, many):
     _spread(target, count, step, many)
 
 
-@elementwise
-def _apply_columns(x, y, at, first, last, factor, high, scale, shift):
-    for j in range(first, last):
-        d = times(load(x, at + j), factor, j) - load(high, j)
-        store(y, at + j, d * load(scale, j) + load(shift, j))
-
-
-@elementwise
-def _apply_columns_one(x, y, at, first, last, factor, high, scale, shift, gamma, beta):
-    for j in range(first, last):
-        d = times(load(x, at + j), factor, j) - load(high, j)
-        z = d * load(scale, j) + load(shift, j)
-        store(y, at + j, z * gamma + beta)
-
-
-@elementwise
-def _apply_columns_many(x, y, at, first, last, factor, high, scale, shift, gamma, beta, index):
-    offset = index - first
-    for j in range(first, last):
-        d = times(load(x, at + j), factor, j) - load(high, j)
-        z = d * load(scale, j) + load(shift, j)
-        store(y, at + j, z * load(gamma, j + offset) + load(beta, j + offset))
-
-
 @plain
-def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, shift, buffer):
-    """y of rows row..end, columns begin..stop of a slab; in float32 if there is no `factor`."""
+def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, shift):
+    """y of rows row..end, columns begin..stop of a slab, in the type of the tables."""
     x, y, axes = call.x, call.y, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = slab
-    folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _far(x, axes) else 0
-    streams = folded and _streams(x, axes)
-    if folded and begin == 0:
-        many = _side_by_side(axes, stop)
-        while row + many <= end:
-            at = origin + row * k1 * r1
-            if ahead and not streams:
-                _fetch(x, at + many * ahead, at + many * (ahead + stop))
-                _fetch(y, at + many * ahead, at + many * (ahead + stop))
-            target, wide, last = aside(y, at, buffer, streams), many * stop, row + many
-            if streams and stop == k1 * r1:
-                last = min(end, row + BUFFERED * per_line(y) // wide * many)
-            while row + many <= last:
-                now = origin + row * k1 * r1
-                _apply_columns(x, target, now, 0, wide, factor, high, scale, shift)
-                row += many
-            if streams:
-                stream(y, at, now + wide, buffer)
-    for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
-        if ahead:
-            _fetch(x, at + begin + ahead, at + stop + ahead)
-            _fetch(y, at + begin + ahead, at + stop + ahead)
+    stride, like, form = k1 * r1, lanes_in_order(x, high), (x, factor, high, scale, shift)
+    folded, ahead = _by_column(axes), AHEAD * stride if _far(x, axes) else 0
+    streams = folded and _streams(y, axes)
+    many = _side_by_side(axes, stop) if folded and begin == 0 else 1
+    while row < end:
+        if row + many > end:
+            many = 1
+        at = origin + row * stride
+        first, last = at + begin, at + (many - 1) * stride + stop
+        if ahead and not streams:
+            _fetch(x, first + many * ahead, last + many * ahead)
+            _fetch(y, first + many * ahead, last + many * ahead)
         if folded:
-            _apply_columns(x, y, at, begin, stop, factor, high, scale, shift)
-            continue
-        first = begin
-        while first < stop:
-            index, end_of_run = _parameter(axes, at + first)
-            last = min(stop, end_of_run - at)
+            _store_lines(y, _y_of, like, first, last, streams, at, *form, None, None, 0)
+            first = last
+        while first < last:
+            index, end_of_run = _parameter(axes, first)
+            end_of_run = min(last, end_of_run)
             if span == 1:
-                _apply_columns_many(
-                    x, y, at, first, last, factor, high, scale, shift, call.gamma, call.beta, index
-                )
+                _store_lines(
+                    y, _y_of, like, first, end_of_run, False, at, *form, call.gamma, call.beta,
+                    index - first,
+                )  # fmt: skip
             else:
                 gamma, beta = load(call.gamma, index), load(call.beta, index)
-                _apply_columns_one(x, y, at, first, last, factor, high, scale, shift, gamma, beta)
-            first = last
+                _store_lines(y, _y_of, like, first, end_of_run, False, at, *form, gamma, beta, 0)
+            first = end_of_run
+        row += many
 
 
 def columns_forward(pointer, first, last):
@@ -2296,7 +2226,7 @@ def columns_forward(pointer, first, last):
     shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIRS)
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    factor, high, buffer = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, BUFFER)
+    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
     scale, lift = scratch(0.0, TABLE), scratch(0.0, TABLE)
     low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     one = np.float32(1.0)
@@ -2353,57 +2283,13 @@ def columns_forward(pointer, first, last):
         while begin < last_column:
             stop = _same_type(wide, count, begin, columns, last_column)
             if count == 0 or load(wide, begin) == 0.0:
-                _apply_rows_of_columns(call, slab, row, end, begin, stop, None, *narrow, buffer)
+                _apply_rows_of_columns(call, slab, row, end, begin, stop, None, *narrow)
             else:
-                _apply_rows_of_columns(
-                    call, slab, row, end, begin, stop, factor, high, scale, lift, buffer
-                )
+                _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, lift)
             begin = stop
 
 
 # -------------------------------------------------------------------------------- columns: backward
-@elementwise
-def _centred_column(x, i, factor, high, low, j):
-    """(x - mean)*factor in float64."""
-    if is_float64(x):
-        return (load(x, i) * load(factor, j) - load(high, j)) - load(low, j)
-    return np.float64(load(x, i)) - (load(high, j) + load(low, j))
-
-
-@elementwise
-def _sum_column_grads(dy, x, at, stride, rows, first, last, factor, high, low, sums, to):
-    """Add those of `rows` rows to the columns' sums of dy and of dy*(x - mean)*factor."""
-    for j in range(first, last):
-        s = p = 0.0
-        for row in range(rows):
-            g = np.float64(load(dy, at + row * stride + j))
-            s += g
-            p += g * _centred_column(x, at + row * stride + j, factor, high, low, j)
-        store(sums, to + j, load(sums, to + j) + s)
-        store(sums, to + SLAB + j, load(sums, to + SLAB + j) + p)
-
-
-@elementwise
-def _sum_column_grads_one(dy, x, at, first, last, factor, high, low, gamma, sums, to):
-    """One row, weighted by the one parameter of columns first..last."""
-    for j in range(first, last):
-        g = np.float64(load(dy, at + j)) * gamma
-        p = g * _centred_column(x, at + j, factor, high, low, j)
-        store(sums, to + j, load(sums, to + j) + g)
-        store(sums, to + SLAB + j, load(sums, to + SLAB + j) + p)
-
-
-@elementwise
-def _sum_column_grads_many(dy, x, at, first, last, factor, high, low, gamma, index, sums, to):
-    """One row, weighted by a parameter for each column."""
-    offset = index - first
-    for j in range(first, last):
-        g = np.float64(load(dy, at + j)) * load(gamma, j + offset)
-        p = g * _centred_column(x, at + j, factor, high, low, j)
-        store(sums, to + j, load(sums, to + j) + g)
-        store(sums, to + SLAB + j, load(sums, to + SLAB + j) + p)
-
-
 @plain
 def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     """Gradient sums of one part of a slab; weighted by gamma if that differs between rows."""
@@ -2414,42 +2300,45 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     stride, many = k1 * r1, _side_by_side(axes, columns)
     ahead = _far(x, axes)
     _clear_pair(sums, to, many * columns)
-    wide, zero = many * columns, np.int64(0)  # for a literal, all would be compiled once more
+    like, wide = lanes_of_sums(x, 0.0), many * columns
     strip = STRIP if ahead else wide
     if _by_column(axes):
+        form = dy, x, None, 0, factor, high, low
         while row + 4 * many <= end:
             at = origin + row * stride
-            for column in range(0, wide, strip):
+            for first in range(0, wide, strip):
                 if ahead:
-                    _fetch_share(dy, at, many * stride, 4, wide, column)
-                    _fetch_share(x, at, many * stride, 4, wide, column)
-                stop = min(column + strip, wide)
-                _sum_column_grads(
-                    dy, x, at, many * stride, 4, column, stop, factor, high, low, sums, to
-                )
+                    _fetch_share(dy, at, many * stride, 4, wide, first)
+                    _fetch_share(x, at, many * stride, 4, wide, first)
+                last = min(first + strip, wide)
+                _sum_columns(like, _products, sums, to, first, last, at, many * stride, 4, *form)
             row += 4 * many
         while row + 4 <= end:
             at = origin + row * stride
-            _sum_column_grads(dy, x, at, stride, 4, zero, columns, factor, high, low, sums, to)
+            _sum_columns(like, _products, sums, to, 0, columns, at, stride, 4, *form)
             row += 4
         while row < end:
             at = origin + row * stride
-            _sum_column_grads(dy, x, at, stride, 1, zero, columns, factor, high, low, sums, to)
+            _sum_columns(like, _products, sums, to, 0, columns, at, stride, 1, *form)
             row += 1
         _gather_pair(sums, to, many, columns)
         return
     for at in range(origin + row * stride, origin + end * stride, stride):
-        first = zero
+        first = 0
         while first < columns:
             index, end_of_run = _parameter(axes, at + first)
             last = min(columns, end_of_run - at)
             if span == 1:
-                _sum_column_grads_many(
-                    dy, x, at, first, last, factor, high, low, call.gamma, index, sums, to
-                )
+                _sum_columns(
+                    like, _products, sums, to, first, last, at, stride, 1, dy, x, call.gamma,
+                    index - at - first, factor, high, low,
+                )  # fmt: skip
             else:
-                gamma = np.float64(load(call.gamma, index))
-                _sum_column_grads_one(dy, x, at, first, last, factor, high, low, gamma, sums, to)
+                gamma = load(call.gamma, index)
+                _sum_columns(
+                    like, _products, sums, to, first, last, at, stride, 1, dy, x, gamma, 0,
+                    factor, high, low,
+                )  # fmt: skip
             first = last
 
 
@@ -2522,84 +2411,41 @@ def _prepare_column_grads(
     return wides * step
 
 
-@elementwise
-def _dx_columns(dy, x, dx, at, first, last, factor, high, scale, slope, shift):
-    for j in range(first, last):
-        d = times(load(x, at + j), factor, j) - load(high, j)
-        line = d * load(slope, j) + load(shift, j)
-        store(dx, at + j, times(load(dy, at + j) * load(scale, j) + line, factor, j))
-
-
-@elementwise
-def _dx_columns_one(dy, x, dx, at, first, last, factor, high, scale, slope, shift, gamma):
-    for j in range(first, last):
-        d = times(load(x, at + j), factor, j) - load(high, j)
-        line = d * load(slope, j) + load(shift, j)
-        store(dx, at + j, times((load(dy, at + j) * gamma) * load(scale, j) + line, factor, j))
-
-
-@elementwise
-def _dx_columns_many(dy, x, dx, at, first, last, factor, high, scale, slope, shift, gamma, index):
-    offset = index - first
-    for j in range(first, last):
-        d = times(load(x, at + j), factor, j) - load(high, j)
-        line = d * load(slope, j) + load(shift, j)
-        store(
-            dx,
-            at + j,
-            times((load(dy, at + j) * load(gamma, j + offset)) * load(scale, j) + line, factor, j),
-        )
-
-
 @plain
-def _apply_column_grads(
-    call, unit, row, end, begin, stop, factor, high, scale, slope, shift, buffer
-):
-    """dx of rows row..end, columns begin..stop of a slab; in float32 if there is no `factor`."""
+def _apply_column_grads(call, unit, row, end, begin, stop, *form):
+    """dx of rows row..end, columns begin..stop of a slab, in the type of the tables."""
     dy, x, dx, axes = call.dy, call.x, call.dx, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = _slab(axes, unit)
-    folded, ahead = _by_column(axes), AHEAD * k1 * r1 if _far(x, axes) else 0
-    streams = folded and _streams(x, axes)
-    if folded and begin == 0:
-        many = _side_by_side(axes, stop)
-        while row + many <= end:
-            at = origin + row * k1 * r1
-            if ahead and not streams:
-                _fetch(dy, at + many * ahead, at + many * (ahead + stop))
-                _fetch(x, at + many * ahead, at + many * (ahead + stop))
-                _fetch(dx, at + many * ahead, at + many * (ahead + stop))
-            target, wide, last = aside(dx, at, buffer, streams), many * stop, row + many
-            if streams and stop == k1 * r1:
-                last = min(end, row + BUFFERED * per_line(dx) // wide * many)
-            while row + many <= last:
-                now = origin + row * k1 * r1
-                _dx_columns(dy, x, target, now, 0, wide, factor, high, scale, slope, shift)
-                row += many
-            if streams:
-                stream(dx, at, now + wide, buffer)
-    for at in range(origin + row * k1 * r1, origin + end * k1 * r1, k1 * r1):
-        if ahead:
-            _fetch(dy, at + begin + ahead, at + stop + ahead)
-            _fetch(x, at + begin + ahead, at + stop + ahead)
-            _fetch(dx, at + begin + ahead, at + stop + ahead)
+    stride, like = k1 * r1, lanes_in_order(x, form[1])
+    folded, ahead = _by_column(axes), AHEAD * stride if _far(x, axes) else 0
+    streams = folded and _streams(dx, axes)
+    many = _side_by_side(axes, stop) if folded and begin == 0 else 1
+    while row < end:
+        if row + many > end:
+            many = 1
+        at = origin + row * stride
+        first, last = at + begin, at + (many - 1) * stride + stop
+        if ahead and not streams:
+            _fetch(dy, first + many * ahead, last + many * ahead)
+            _fetch(x, first + many * ahead, last + many * ahead)
+            _fetch(dx, first + many * ahead, last + many * ahead)
         if folded:
-            _dx_columns(dy, x, dx, at, begin, stop, factor, high, scale, slope, shift)
-            continue
-        first = begin
-        while first < stop:
-            index, end_of_run = _parameter(axes, at + first)
-            last = min(stop, end_of_run - at)
+            _store_lines(dx, _dx_of, like, first, last, streams, at, dy, x, None, 0, *form)
+            first = last
+        while first < last:
+            index, end_of_run = _parameter(axes, first)
+            end_of_run = min(last, end_of_run)
             if span == 1:
-                _dx_columns_many(
-                    dy, x, dx, at, first, last, factor, high, scale, slope, shift, call.gamma, index
-                )
+                _store_lines(
+                    dx, _dx_of, like, first, end_of_run, False, at, dy, x, call.gamma,
+                    index - first, *form,
+                )  # fmt: skip
             else:
                 gamma = load(call.gamma, index)
-                _dx_columns_one(
-                    dy, x, dx, at, first, last, factor, high, scale, slope, shift, gamma
-                )
-            first = last
+                _store_lines(dx, _dx_of, like, first, end_of_run, False, at, dy, x, gamma, 0, *form)
+            first = end_of_run
+        row += many
 
 
 def columns_backward(pointer, first, last):
@@ -2610,7 +2456,7 @@ def columns_backward(pointer, first, last):
     call = replaced(call, "gamma", gamma)
     parts, stage, r0 = call.parts, call.stage, call.axes[1]
     sums = scratch(0.0, PAIRS)
-    factor, high, buffer = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, BUFFER)
+    factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, slope, shift = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     weight, s, p = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -2651,10 +2497,10 @@ def columns_backward(pointer, first, last):
         while begin < columns:
             stop = _same_type(wide, count, begin, columns, columns)
             if load(wide, begin) == 0.0:
-                _apply_column_grads(call, unit, row, end, begin, stop, None, *narrow, buffer)
+                _apply_column_grads(call, unit, row, end, begin, stop, None, *narrow)
             else:
                 _apply_column_grads(
-                    call, unit, row, end, begin, stop, factor, high, scale, slope, shift, buffer
+                    call, unit, row, end, begin, stop, factor, high, scale, slope, shift
                 )
             begin = stop
 
@@ -2754,7 +2600,7 @@ def _add_param_grads(dy, x, first, last, factor, high, rstd, lift, dgamma, dbeta
     offset = index - first
     for i in range(first, last):
         g = np.float64(load(dy, i))
-        xhat = (times(np.float64(load(x, i)), factor, 0) - high) * rstd + lift
+        xhat = (np.float64(load(x, i)) * factor - high) * rstd + lift
         store(dgamma, i + offset, load(dgamma, i + offset) + g * xhat)
         store(dbeta, i + offset, load(dbeta, i + offset) + g)
 
