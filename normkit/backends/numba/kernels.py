@@ -173,12 +173,19 @@ class Lanes(types.Type):
         """The LLVM type of as many elements in memory."""
         return ir.VectorType(_STORED[element], self.count)
 
-    def mask(self, builder: Any, count: Any, places: list[int]) -> Any:
-        """Whether each of `places` is below `count`."""
+    def mask(self, builder: Any, part: Any, places: list[int]) -> Any:
+        """Whether each of `places` is in a part: a count of the first, or (how many before, count)."""
         word = ir.IntType(8 * _LINE // self.count)
-        limit = builder.trunc(count, word) if word.width < 64 else count
-        limits = _splat(builder, limit, self.count)
-        return builder.icmp_unsigned("<", ir.Constant(limits.type, places), limits)
+
+        def splat(value: Any) -> Any:
+            value = builder.trunc(value, word) if word.width < 64 else value
+            return _splat(builder, value, self.count)
+
+        at: Any = ir.Constant(ir.VectorType(word, self.count), places)
+        if isinstance(part.type, ir.ArrayType):
+            at = builder.sub(at, splat(builder.extract_value(part, 0)))
+            part = builder.extract_value(part, 1)
+        return builder.icmp_unsigned("<", at, splat(part))
 
 
 @register_model(Lanes)
@@ -902,11 +909,10 @@ def _store_lines(to, make, like, first, last, streams, *what):
     i = first
     if streams:
         past = past_line(to, first)
-        if past_line(to, last):  # what is left of a line is not streamed
-            fetch(to, last - 1)
         if past:
             i = min(last, first + many - past)
-            store_lanes(to, first, i - first, make(first, i - first, like, *what))
+            part = past, i - first  # of a line: processors would load all that a store may reach
+            store_lanes(to, first - past, part, make(first - past, part, like, *what))
         while i + many <= last:
             stream_lanes(to, i, None, make(i, None, like, *what))
             i += many
@@ -928,6 +934,9 @@ def _store_lines(to, make, like, first, last, streams, *what):
 @inline
 def _store_run(to, make, like, x, dy, first, last, ahead, streams, *what):
     """The same; memory is asked for `ahead` elements early, if that is not 0."""
+    if streams:
+        size = last - first
+        fetch(to, last + 96 * per_line(to) // size * size - 1)
     while first < last:
         stop = last
         if ahead and not streams:
@@ -2197,6 +2206,8 @@ def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scal
         if ahead and not streams:
             _fetch(x, first + many * ahead, last + many * ahead)
             _fetch(y, first + many * ahead, last + many * ahead)
+        if streams:
+            fetch(y, last + 4 * many * stride - 1)
         if folded:
             _store_lines(y, _y_of, like, first, last, streams, at, *form, None, None, 0)
             first = last
@@ -2430,6 +2441,8 @@ def _apply_column_grads(call, unit, row, end, begin, stop, *form):
             _fetch(dy, first + many * ahead, last + many * ahead)
             _fetch(x, first + many * ahead, last + many * ahead)
             _fetch(dx, first + many * ahead, last + many * ahead)
+        if streams:
+            fetch(dx, last + 4 * many * stride - 1)
         if folded:
             _store_lines(dx, _dx_of, like, first, last, streams, at, dy, x, None, 0, *form)
             first = last
