@@ -174,7 +174,7 @@ class Lanes(types.Type):
         return ir.VectorType(_STORED[element], self.count)
 
     def mask(self, builder: Any, part: Any, places: list[int]) -> Any:
-        """Whether each of `places` is in a part: a count of the first, or (how many before, count)."""
+        """Whether each of `places` is in `part`: the first so many, or (so many before, count)."""
         word = ir.IntType(8 * _LINE // self.count)
 
         def splat(value: Any) -> Any:
@@ -800,7 +800,7 @@ def _ahead_of_result(x, axes):
     k0, r0, k1, r1, params, span = axes
     if r0 * r1 > STAYS:
         return _ahead_of_sums(x, axes)
-    small = r0 > 1 or r1 <= PIECE * per_line(x)
+    small = STREAMS or r0 > 1 or r1 <= PIECE * per_line(x)
     return 0 if small or significand(x) != 24 or not _far(x, axes) else r1
 
 
@@ -826,17 +826,16 @@ def _fetch_early(pointer, first, last):
 def _streams(to, axes):
     """Whether to write the result past the caches.
 
-    Of columns, only rows that are whole lines long: others gain nothing. Rows, and halves, whose
-    arithmetic takes longer than memory, gain from twice as many lines on.
+    Not where many lines would be written in parts: in columns, unless rows are whole lines long,
+    and in short runs of elements that share a parameter.
     """
     k0, r0, k1, r1, params, span = axes
-    lines = k0 * r0 * k1 * r1 // per_line(to)
     if r0 > 1 and r1 < SHORT:
-        wide, least = k1 * r1 % per_line(to) == 0, STREAMED
-        least *= 1 if significand(to) >= 24 else 2
+        whole = k1 * r1 % per_line(to) == 0
     else:
-        wide, least = r1 >= LONG * per_line(to), 2 * STREAMED
-    return STREAMS and wide and lines >= least and is_aligned(to)
+        whole = (r1 if span == 1 else min(r1, span)) >= PIECE * per_line(to)
+    many = k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
+    return STREAMS and many and whole and is_aligned(to)
 
 
 # A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
