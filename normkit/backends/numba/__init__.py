@@ -65,7 +65,7 @@ def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
     if params == 1:
         span = r0 * k1 * r1  # whatever it is: no batch may change the formula
     by_param = sums and span == 1  # columns then give what the parameters need
-    if by_param and r0 == k1 == 1 and params <= k.SLAB and r1 > k.ROW_LIMIT:
+    if by_param and r0 == k1 == 1 and params <= k.SLAB and r1 > k.CHUNK:
         r0, r1 = r1 // params, params
     rows = r0 == 1 or r1 >= k.SHORT
     if by_param and r0 > 1 and r1 <= k.SLAB and k1 * r1 % params == 0:
@@ -77,7 +77,7 @@ def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
         if span == 1 and 1 < params < min(r1, _RUN):
             repeats = r1 // params
             tile = max(t for t in range(1, _RUN // params + 1) if repeats % t == 0)
-            if params * tile < k.SHORT and r1 <= k.ROW_LIMIT:
+            if params * tile < k.SHORT and r1 <= k.CHUNK:
                 tile = repeats
             params *= tile
         units, elements = axes.groups, r0 * r1
@@ -333,11 +333,19 @@ class Numba(Backend):
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
             self._pool.run(compiled, call + numbers, tasks, threads)
 
-        if affine and work.rows and span == r0 == k1 == 1 and max(params, r1) <= k.ROW_LIMIT:
+        if (
+            affine
+            and work.rows
+            and span == r0 == k1 == 1
+            and (max(params, r1) <= k.ROW_LIMIT or params == r1)
+        ):
             rows = k.ROW_BLOCK * max(1, -(-k0 // (_MOST_PARTS * k.ROW_BLOCK)))
-            blocks = -(-k0 // rows)
-            shares = np.empty((blocks, 2, params))
-            run(k.rows_backward_params, k.ALL, blocks, None, shares, rows)
+            blocks, chunks = -(-k0 // rows), -(-params // k.ROW_LIMIT)
+            shares, partial = np.empty((blocks, 2, params)), None
+            if chunks > 1 and not frozen:
+                partial = np.empty(units * parts * 2)
+                run(k.rows_backward, k.SUMS, units * parts, partial, None)
+            run(k.rows_backward_params, k.ALL, blocks * chunks, partial, shares, rows)
             return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
         sums: Array | None = None

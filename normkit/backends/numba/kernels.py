@@ -560,6 +560,16 @@ def as_elements(typing: Any, pointer: Any, like: Any) -> Any:
     return Pointer(like.element, pointer.role)(pointer, like), generate
 
 
+@intrinsic
+def moved(typing: Any, pointer: Any, index: Any) -> Any:
+    """The pointer to element `index`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(_element(builder, signature.args[0], *args), _BYTE)
+
+    return pointer(pointer, types.int64), generate
+
+
 def _in_role(role: str) -> Any:
     def change(typing: Any, pointer: Any) -> Any:
         """The pointer in another role."""
@@ -664,7 +674,9 @@ SLAB = 256  #: columns that one task of the columns family sums side by side
 TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
-ROW_LIMIT = 4096  #: parameters that a thread keeps on its stack: their gradients, or wider copies
+ROW_LIMIT = (
+    1 << 14
+)  #: parameters that a thread keeps on its stack: their gradients, or wider copies
 ROW_SPACE = ROW_LIMIT + _LINE  #: the same with lanes to spare
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
@@ -1755,35 +1767,44 @@ def rows_backward(pointer, first, last):
 
 
 def rows_backward_params(pointer, first, last):
-    """A task is a block of `rows` rows: dx, and the block's share of dgamma and dbeta."""
+    """A task is a chunk of the parameters in a block of `rows` rows: dx, and the block's share of
+    dgamma and dbeta. Rows of several chunks were summed before.
+    """
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    every_gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
     dy, x, dx, sums = call.dy, call.x, call.dx, call.sums
     k0, r0, k1, r1, params, span = call.axes
     dgamma, dbeta = scratch(zero, ROW_SPACE), scratch(zero, ROW_SPACE)
-    for block in range(first, last):
-        end, share = min((block + 1) * call.rows, k0), 2 * block * params
+    chunks = (params + ROW_LIMIT - 1) // ROW_LIMIT
+    for task in range(first, last):
+        block, skipped = task // chunks, task % chunks * ROW_LIMIT
+        gamma = moved(every_gamma, skipped)
+        count, size = min(params - skipped, ROW_LIMIT), min(r1 - skipped, ROW_LIMIT)
+        end, share = min((block + 1) * call.rows, k0), 2 * block * params + skipped
         start = block * call.rows * r1 % params  # a row's first parameter
-        _fill(sums, share, share + 2 * params, 0.0)
         for begin in range(block * call.rows, end, ROW_BLOCK):
-            _fill(dgamma, 0, params + per_line(x), zero)
-            _fill(dbeta, 0, params + per_line(x), zero)
+            _fill(dgamma, 0, count + per_line(x), zero)
+            _fill(dbeta, 0, count + per_line(x), zero)
             for row in range(begin, min(begin + ROW_BLOCK, end)):
                 mean, residual, rstd = _saved(call, row)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
-                at, stop, index, s, p = row * r1, (row + 1) * r1, start, 0.0, 0.0
+                origin = row * r1 + skipped
+                at, stop, index, s, p = origin, origin + size, start, 0.0, 0.0
+                if given(call.partial):
+                    s, p = _sums_of_parts(call, row)
+                    at = stop
                 while at < stop and not call.frozen:
                     last_of_run, to = min(stop, at + params - index), index - at
                     ds, dp = _grad_sums(dy, x, at, last_of_run, factor, high, low, gamma, to)
                     s += ds
-                    p += dp
+                    p += dp * scaled
                     at, index = last_of_run, 0
-                slope, shift = _line(call, s, p * scaled, low, scaled)
+                slope, shift = _line(call, s, p, low, scaled)
                 lift, wide = -low * scaled, is_float64(x) or _extreme(rstd) or _unsafe(slope)
-                at = row * r1
+                at = origin
                 while at < stop:
-                    last_of_run, to = min(stop, at + params - start), start - at
+                    last_of_run, to = min(stop, at + count - start), start - at
                     if wide:
                         _store_lines(
                             dx, _dx_and_params_of, lanes(x, 0.0), at, last_of_run, False, dy, x,
@@ -1797,11 +1818,14 @@ def rows_backward_params(pointer, first, last):
                             np.float32(slope), np.float32(shift), np.float32(lift), dgamma, dbeta,
                         )  # fmt: skip
                     start += last_of_run - at
-                    if start == params:
+                    if start == count:
                         start = 0
                     at = last_of_run
-            _add(sums, share, dgamma, 0, params)
-            _add(sums, share + params, dbeta, 0, params)
+            if begin == block * call.rows:
+                _fill(sums, share, share + count, 0.0)
+                _fill(sums, share + params, share + params + count, 0.0)
+            _add(sums, share, dgamma, 0, count)
+            _add(sums, share + params, dbeta, 0, count)
 
 
 @elementwise
