@@ -1297,50 +1297,41 @@ def _y_of(i, count, like, at, x, factor, high, scale, shift, gamma, beta, to):
 
 
 @inline
-def _formula(call, mean, residual, rstd, gamma, beta):
-    """(whether that takes float64 or a factor, high, scale, shift) where y is (x - high)*scale +
-    shift.
-    """
-    factor, high, low, scale = _centre(call.x, mean, residual, rstd)
-    scale *= gamma
-    wide = factor != 1.0 if is_float64(call.x) else _extreme(rstd) | _unsafe(scale)
-    return wide, high, scale, beta - low * scale
+def _set_formula(call, i, gamma, beta, mean, residual, rstd, high, scale, shift):
+    """Let y of group i be (x - high)*scale + shift; whether that takes float64 or a factor."""
+    r = load(rstd, i)
+    factor, h, low, a = _centre(call.x, load(mean, i), load(residual, i), r)
+    a *= gamma
+    store(high, i, h)
+    store(scale, i, a)
+    store(shift, i, beta - low * a)
+    return factor != 1.0 if is_float64(call.x) else _extreme(r) | _unsafe(a)
 
 
 @elementwise
-def _formulas_plain(call, groups, mean, residual, rstd, high, scale, shift):
+def _set_formulas(call, groups, *tables):
     wides = 0
     for i in range(groups):
-        m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-        wide, h, a, b = _formula(call, m, e, r, 1.0, 0.0)
-        store(high, i, h)
-        store(scale, i, a)
-        store(shift, i, b)
-        wides += wide
+        wides += _set_formula(call, i, 1.0, 0.0, *tables)
     return wides
 
 
 @inline
-def _formulas(call, group, groups, alike, mean, residual, rstd, high, scale, shift):
-    """`_formula` of groups from `group` on, with the parameter of each if they are `alike`, else
-    but for parameters; how many take float64.
+def _formulas(call, group, groups, alike, *tables):
+    """`_set_formula` for groups from `group` on, with the parameter of each if they are `alike`,
+    else but for parameters; how many take float64.
     """
     if not alike:
-        return _formulas_plain(call, groups, mean, residual, rstd, high, scale, shift)
-    wides = 0
+        return _set_formulas(call, groups, *tables)
+    wides, size = 0, call.axes[3]
     at = _origin(call.axes, group)
     index, end_of_run = _parameter(call.axes, at)
     for i in range(groups):
         gamma, beta = np.float64(load(call.gamma, index)), np.float64(load(call.beta, index))
-        m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-        wide, h, a, b = _formula(call, m, e, r, gamma, beta)
-        store(high, i, h)
-        store(scale, i, a)
-        store(shift, i, b)
-        wides += wide
+        wides += _set_formula(call, i, gamma, beta, *tables)
         # As if all groups were side by side: rows of them begin with the same parameter.
-        at += call.axes[3]
-        index, end_of_run = _next_parameter(call.axes, index, end_of_run, at - call.axes[3], at)
+        index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, at + size)
+        at += size
     return wides
 
 
