@@ -326,26 +326,32 @@ class Numba(Backend):
         dy_name = _name(dy.dtype)
 
         def run(
-            kernel: Any, stage: int, tasks: int, partial: Any, sums: Any, rows: int = 0
+            kernel: Any,
+            stage: int,
+            tasks: int,
+            partial: Any,
+            sums: Any,
+            grads: Any = None,
+            rows: int = 0,
         ) -> None:
-            call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums)
+            call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums, grads)
             numbers = (kinds, work.axes, center, frozen, stage, parts, rows)
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
             self._pool.run(compiled, call + numbers, tasks, threads)
 
-        if (
-            affine
-            and work.rows
-            and span == r0 == k1 == 1
-            and (max(params, r1) <= k.ROW_LIMIT or params == r1)
-        ):
-            rows = k.ROW_BLOCK * max(1, -(-k0 // (_MOST_PARTS * k.ROW_BLOCK)))
-            blocks, chunks = -(-k0 // rows), -(-params // k.ROW_LIMIT)
-            shares, partial = np.empty((blocks, 2, params)), None
-            if chunks > 1 and not frozen:
+        whole = work.rows and span == r0 == k1 == 1
+        if affine and whole and (max(params, r1) <= k.ROW_MOST or params == r1):
+            rows = min(k.ROW_BLOCK, max(1, _PART // max(1, r1)))
+            rows *= max(1, -(-k0 // (_MOST_PARTS * rows)))
+            chunk = max(1, params) if params <= k.ROW_MOST else k.CHUNK
+            tasks, partial = -(-k0 // rows) * -(-params // chunk), None
+            if chunk < params and not frozen:
                 partial = np.empty(units * parts * 2)
                 run(k.rows_backward, k.SUMS, units * parts, partial, None)
-            run(k.rows_backward_params, k.ALL, blocks * chunks, partial, shares, rows)
+            shares = np.empty((-(-k0 // rows), 2, params))
+            space = k.grads_space.py_func(chunk)  # and a line
+            grads = np.empty(2 * tasks * space + 64, work.real)
+            run(k.rows_backward_params, k.ALL, tasks, partial, shares, grads, rows)
             return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
         sums: Array | None = None
@@ -370,7 +376,7 @@ class Numba(Backend):
         if sums is None and work.rows and span == 1:
             count = max(1, min(_MOST_PARTS, x.size // params, x.size // _PART))
             shares = np.empty((count, 2, params))
-            run(k.slab_params, k.ALL, count * -(-params // k.SLAB), None, shares, count)
+            run(k.slab_params, k.ALL, count * -(-params // k.SLAB), None, shares, None, count)
             return self._fold_shares(shares, work, affine)
         if sums is None:
             sums = np.empty((x.size // (params * span), params, 1, 2))

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_name
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 from numba import cfunc, njit, prange, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, unbox
 
@@ -90,6 +90,14 @@ def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
     instruction.set_metadata(kind, module.add_metadata(nodes))
 
 
+def _mark_store(builder: Any, instruction: Any, kind: Pointer) -> None:
+    if kind.role == "scratch":
+        _mark(builder, instruction, "alias.scope", _SCRATCH)
+        _mark(builder, instruction, "noalias", _INPUTS)
+    elif kind.role == "out":
+        _mark(builder, instruction, "noalias", _INPUTS, _SCRATCH)
+
+
 def _element(builder: Any, kind: Pointer, pointer: Any, index: Any) -> Any:
     # LLVM prefers 256-bit vectors even where the processor has 512, for fear of lower clock rates;
     # these loops gain 20 % from the wide ones.
@@ -135,11 +143,7 @@ def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
             upper = builder.lshr(_round_to_bfloat16(builder, value), _word(16))
             value = builder.trunc(upper, ir.IntType(16))
         done = builder.store(value, _element(builder, kind, args[0], args[1]), align=1)
-        if kind.role == "scratch":
-            _mark(builder, done, "alias.scope", _SCRATCH)
-            _mark(builder, done, "noalias", _INPUTS)
-        elif kind.role == "out":
-            _mark(builder, done, "noalias", _INPUTS, _SCRATCH)
+        _mark_store(builder, done, kind)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, value), generate
@@ -181,11 +185,9 @@ class Lanes(types.Type):
             value = builder.trunc(value, word) if word.width < 64 else value
             return _splat(builder, value, self.count)
 
+        skipped, count = _limits(builder, part)
         at: Any = ir.Constant(ir.VectorType(word, self.count), places)
-        if isinstance(part.type, ir.ArrayType):
-            at = builder.sub(at, splat(builder.extract_value(part, 0)))
-            part = builder.extract_value(part, 1)
-        return builder.icmp_unsigned("<", at, splat(part))
+        return builder.icmp_unsigned("<", builder.sub(at, splat(skipped)), splat(count))
 
 
 @register_model(Lanes)
@@ -250,9 +252,7 @@ def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> 
         if signature.args[2] is types.none:
             value = builder.load(at, align=1)
         else:
-            mask = like.mask(builder, args[2], [*range(like.count)])
-            zeros = ir.Constant(stored, [0] * like.count)
-            value = _masked(builder, "load", stored, [at, _word(1), mask, zeros])
+            value = _load_part(builder, like, at, args[2])
         if kind.role == "scratch":
             _mark(builder, value, "alias.scope", _SCRATCH)
         elif kind.role == "in":
@@ -312,18 +312,14 @@ def _storing(streams: bool) -> Any:
                 value = builder.shuffle_vector(value, value, _words(places))
             at = builder.bitcast(_element(builder, kind, pointer, index), stored.as_pointer())
             if signature.args[2] is not types.none:
-                mask = lanes.mask(builder, count, [*range(lanes.count)])
-                done = _masked(builder, "store", stored, [value, at, _word(1), mask])
+                done = _store_part(builder, lanes, value, at, count)
             else:
                 done = builder.store(value, at, align=_LINE if streams else 1)
             if streams:
                 one = builder.module.add_metadata([_word(1)])
                 done.set_metadata("nontemporal", one)
-            if kind.role == "scratch":
-                _mark(builder, done, "alias.scope", _SCRATCH)
-                _mark(builder, done, "noalias", _INPUTS)
-            else:
-                _mark(builder, done, "noalias", _INPUTS, _SCRATCH)
+            if done is not None:  # a copy knows nothing of roles
+                _mark_store(builder, done, kind)
             return context.get_dummy_value()
 
         lanes = value
@@ -336,8 +332,54 @@ store_lanes = _storing(streams=False)
 stream_lanes = _storing(streams=True)
 
 
+# Where the processor cannot load and store parts of vectors, LLVM would branch for each lane; they
+# go by way of a whole vector on the stack.
+def _has_masks(element: Any) -> bool:
+    features = vars(config)["CPU_FEATURES"]  # by which Numba compiles for another processor
+    if features is None:
+        features = [name for name, has in get_host_cpu_features().items() if has]
+    else:
+        features = [name[1:] for name in features.split(",") if name.startswith("+")]
+    return "avx512bw" in features or (element != ir.IntType(16) and "avx" in features)
+
+
+def _limits(builder: Any, part: Any) -> Any:
+    """How many elements are before a part, and how many are in it."""
+    if isinstance(part.type, ir.ArrayType):
+        return builder.extract_value(part, 0), builder.extract_value(part, 1)
+    return ir.Constant(part.type, 0), part
+
+
+def _load_part(builder: Any, lanes: Lanes, at: Any, part: Any) -> Any:
+    vector = at.type.pointee
+    zeros = ir.Constant(vector, [0] * vector.count)
+    if _has_masks(vector.element):
+        mask = lanes.mask(builder, part, [*range(vector.count)])
+        return _masked(builder, "load", vector, [at, _word(1), mask, zeros])
+    whole = cgutils.alloca_once(builder, vector)
+    builder.store(zeros, whole)
+    _copy_part(builder, whole, at, part)
+    return builder.load(whole)
+
+
+def _store_part(builder: Any, lanes: Lanes, value: Any, at: Any, part: Any) -> Any:
+    if _has_masks(value.type.element):
+        mask = lanes.mask(builder, part, [*range(value.type.count)])
+        return _masked(builder, "store", value.type, [value, at, _word(1), mask])
+    whole = cgutils.alloca_once(builder, value.type)
+    builder.store(value, whole)
+    return _copy_part(builder, at, whole, part)
+
+
+def _copy_part(builder: Any, to: Any, source: Any, part: Any) -> Any:
+    skipped, count = _limits(builder, part)
+    first = to.type.pointee.element.as_pointer()
+    to, source = (builder.gep(builder.bitcast(p, first), [skipped]) for p in (to, source))
+    size = {ir.FloatType(): 4, ir.DoubleType(): 8}.get(first.pointee, 2)
+    return cgutils.raw_memcpy(builder, to, source, count, size)
+
+
 def _masked(builder: Any, name: str, vector: Any, args: list[Any]) -> Any:
-    """A load or store of some lanes of a vector."""
     scalars = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}
     suffix = f"v{vector.count}{scalars.get(vector.element, 'i16')}"
     result = vector if name == "load" else ir.VoidType()
@@ -664,6 +706,8 @@ LONG = 32  #: cache lines of a stretch from which on the processor fetches them 
 PIECE = 8  #: cache lines that are prefetched together: a core waits for few at a time
 STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
 STREAMED = 3 << 16  #: cache lines of a result, 12 MiB, from which on caches would not keep it
+SHORTEST = 8  #: cache lines of a run that is streamed, or whose next one is asked for
+PARTLY = 96  #: cache lines ahead that those between runs, which are not streamed, are asked for
 LEAD = 32  #: cache lines ahead that data read once are prefetched
 AHEAD = 2  #: rows of columns that they are fetched ahead
 LEAD_ROWS = 16  #: the same where they are summed
@@ -674,10 +718,8 @@ SLAB = 256  #: columns that one task of the columns family sums side by side
 TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
-ROW_LIMIT = (
-    1 << 14
-)  #: parameters that a thread keeps on its stack: their gradients, or wider copies
-ROW_SPACE = ROW_LIMIT + _LINE  #: the same with lanes to spare
+ROW_LIMIT = 4096  #: parameters that a thread widens for itself, on its stack
+ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at once, in the cache
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
 #: Stages of a kernel. SUMS: a task is one part of a unit. FINISH: a task is a unit, whose parts
@@ -692,7 +734,7 @@ Forward = namedtuple(
 )
 Backward = namedtuple(
     "Backward",
-    "dy x dx gamma mean residual rstd partial sums kinds axes center frozen stage parts rows",
+    "dy x dx gamma mean residual rstd partial sums grads kinds axes center frozen stage parts rows",
 )
 Fold = namedtuple(
     "Fold",
@@ -812,8 +854,8 @@ def _ahead_of_result(x, axes):
     k0, r0, k1, r1, params, span = axes
     if r0 * r1 > STAYS:
         return _ahead_of_sums(x, axes)
-    small = STREAMS or r0 > 1 or r1 <= PIECE * per_line(x)
-    return 0 if small or significand(x) != 24 or not _far(x, axes) else r1
+    pays = not STREAMS and r0 == 1 and r1 > SHORTEST * per_line(x)
+    return r1 if pays and significand(x) == 24 and _far(x, axes) else 0
 
 
 @inline
@@ -845,7 +887,7 @@ def _streams(to, axes):
     if r0 > 1 and r1 < SHORT:
         whole = k1 * r1 % per_line(to) == 0
     else:
-        whole = (r1 if span == 1 else min(r1, span)) >= PIECE * per_line(to)
+        whole = min(r1, params if span == 1 and params > 1 else span) >= SHORTEST * per_line(to)
     many = k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
     return STREAMS and many and whole and is_aligned(to)
 
@@ -947,7 +989,7 @@ def _store_run(to, make, like, x, dy, first, last, ahead, streams, *what):
     """The same; memory is asked for `ahead` elements early, if that is not 0."""
     if streams:
         size = last - first
-        fetch(to, last + 96 * per_line(to) // size * size - 1)
+        fetch(to, last + PARTLY * per_line(to) // size * size - 1)
     while first < last:
         stop = last
         if ahead and not streams:
@@ -1451,7 +1493,7 @@ def rows_forward(pointer, first, last):
             i, count = group - begin, 1
             size = _end_of_stretch(axes, parts, group, place, at) - at
             if quick:
-                if parts == 1:
+                if parts == 1 or r0 > 1:
                     count = min(stop - group, last - task)
                 _apply_groups(call, alike, at, size, size, count, i, 1, ahead, streams, table)
             else:
@@ -1757,21 +1799,32 @@ def rows_backward(pointer, first, last):
                     index, end_of_run = _parameter(axes, at)
 
 
+@inline
+def grads_space(chunk):
+    """Elements that dgamma, or dbeta, of a chunk of parameters takes, with lanes to spare."""
+    return (chunk + 2 * _LINE - 1) // _LINE * _LINE
+
+
 def rows_backward_params(pointer, first, last):
     """A task is a chunk of the parameters in a block of `rows` rows: dx, and the block's share of
-    dgamma and dbeta. Rows of several chunks were summed before.
+    dgamma and dbeta, by way of `grads`, which has a line to spare. Rows of several chunks were
+    summed before.
     """
     call = _behind(pointer)
     zero = real(call.x, 0.0)
     every_gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
     dy, x, dx, sums = call.dy, call.x, call.dx, call.sums
     k0, r0, k1, r1, params, span = call.axes
-    dgamma, dbeta = scratch(zero, ROW_SPACE), scratch(zero, ROW_SPACE)
-    chunks = (params + ROW_LIMIT - 1) // ROW_LIMIT
+    chunk = params if params <= ROW_MOST else CHUNK
+    chunks, space = (params + chunk - 1) // chunk, grads_space(chunk)
+    grads = moved(call.grads, per_line(call.grads) - past_line(call.grads, 0))
     for task in range(first, last):
-        block, skipped = task // chunks, task % chunks * ROW_LIMIT
+        block, skipped = task // chunks, task % chunks * chunk
         gamma = moved(every_gamma, skipped)
-        count, size = min(params - skipped, ROW_LIMIT), min(r1 - skipped, ROW_LIMIT)
+        dgamma = moved(grads, 2 * task * space)
+        dbeta = moved(dgamma, space)
+        count = min(params - skipped, chunk)
+        size = count if chunks > 1 else r1
         end, share = min((block + 1) * call.rows, k0), 2 * block * params + skipped
         start = block * call.rows * r1 % params  # a row's first parameter
         for begin in range(block * call.rows, end, ROW_BLOCK):
@@ -1786,11 +1839,16 @@ def rows_backward_params(pointer, first, last):
                     s, p = _sums_of_parts(call, row)
                     at = stop
                 while at < stop and not call.frozen:
-                    last_of_run, to = min(stop, at + params - index), index - at
-                    ds, dp = _grad_sums(dy, x, at, last_of_run, factor, high, low, gamma, to)
+                    last_of_piece, to = min(stop, at + min(CHUNK, params - index)), index - at
+                    ds, dp = _grad_sums(dy, x, at, last_of_piece, factor, high, low, gamma, to)
                     s += ds
-                    p += dp * scaled
-                    at, index = last_of_run, 0
+                    p += dp
+                    index += last_of_piece - at
+                    if index == params:
+                        index = 0
+                    at = last_of_piece
+                if not given(call.partial):
+                    p *= scaled
                 slope, shift = _line(call, s, p, low, scaled)
                 lift, wide = -low * scaled, is_float64(x) or _extreme(rstd) or _unsafe(slope)
                 at = origin
@@ -1961,9 +2019,10 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
         at = origin + row * stride
         _sum_columns(like, _powers, sums, to, 0, columns, at, stride, 8, x, shift, None, None)
         row += 8
+    alone = lanes_of_sums(x, 0.0)
     while row < end:
         at = origin + row * stride
-        _sum_columns(like, _powers, sums, to, 0, columns, at, stride, 1, x, shift, None, None)
+        _sum_columns(alone, _powers, sums, to, 0, columns, at, stride, 1, x, shift, None, None)
         row += 1
     _gather_pair(sums, to, many, columns)
 
@@ -2202,6 +2261,12 @@ def _spread_to(target, values, count, step, many):
     _spread(target, count, step, many)
 
 
+@inline
+def _rows_ahead(size, to):
+    """How many pieces of `size` elements are `PARTLY` lines."""
+    return (PARTLY * per_line(to) + size - 1) // size
+
+
 @plain
 def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, shift):
     """y of rows row..end, columns begin..stop of a slab, in the type of the tables."""
@@ -2221,7 +2286,7 @@ def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scal
             _fetch(x, first + many * ahead, last + many * ahead)
             _fetch(y, first + many * ahead, last + many * ahead)
         if streams:
-            fetch(y, last + 4 * many * stride - 1)
+            fetch(y, last + _rows_ahead(last - first, y) * many * stride - 1)
         if folded:
             _store_lines(y, _y_of, like, first, last, streams, at, *form, None, None, 0)
             first = last
@@ -2456,7 +2521,7 @@ def _apply_column_grads(call, unit, row, end, begin, stop, *form):
             _fetch(x, first + many * ahead, last + many * ahead)
             _fetch(dx, first + many * ahead, last + many * ahead)
         if streams:
-            fetch(dx, last + 4 * many * stride - 1)
+            fetch(dx, last + _rows_ahead(last - first, dx) * many * stride - 1)
         if folded:
             _store_lines(dx, _dx_of, like, first, last, streams, at, dy, x, None, 0, *form)
             first = last
@@ -2520,7 +2585,7 @@ def columns_backward(pointer, first, last):
             call, unit, lows, rstds, rstd, wide, count, sums, weight, s, p, high, scale, slope,
             shift, narrow
         )  # fmt: skip
-        begin = np.int64(0)
+        begin = 0
         while begin < columns:
             stop = _same_type(wide, count, begin, columns, columns)
             if load(wide, begin) == 0.0:
@@ -2717,6 +2782,7 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
         "dgamma": Pointer(x, "out"), "dbeta": Pointer(x, "out"),
         "param": Pointer(x), "wide": Pointer(dy, "out"),
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
+        "grads": Pointer(real, "scratch"),
         "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
         "center": types.boolean, "frozen": types.boolean,
         "running_mean": Pointer("float32", "scratch"),
