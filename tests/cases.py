@@ -268,6 +268,7 @@ def _table() -> list[Case]:
             Case(norm, (2, 70001)),
             Case(norm, (5000, 8)),
             Case(norm, (19, 16_389)),
+            Case(norm, (3, 64, 300), {"axis": (1, 2), "param_axis": 2}),
             Case(norm, (70, 513), {"eps": 0.25}),
             Case(norm, (40, 33, 7), {"axis": 1}),
         ]

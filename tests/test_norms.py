@@ -3,7 +3,12 @@
 import functools
 import itertools
 import math
+import os
 import pickle
+import platform
+import subprocess
+import sys
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -274,6 +279,46 @@ each_norm = pytest.mark.parametrize("case", ONE_OF_EACH, ids=lambda case: case.n
 INFERENCE = [case for case in SMALL if case.frozen and len(case.shape) == 4]
 
 
+@pytest.mark.parametrize("size", [5000, 17_000])
+def test_absent_parameters_of_long_rows_are_ones_and_zeros(size: int) -> None:
+    x, dy = np.random.default_rng(4).standard_normal((2, 3, size))
+    _, pullback = nk.vjp(nk.layer_norm, x, np.ones(size), np.zeros(size))
+    _, absent = nk.vjp(nk.layer_norm, x)
+    np.testing.assert_array_equal(absent(dy).x, pullback(dy).x)
+
+
+def test_long_rows_take_little_stack() -> None:
+    x, dy = np.random.default_rng(5).standard_normal((2, 3, 17_000))
+    ones = np.ones(17_000)
+    expected = nk.vjp(nk.layer_norm, x, ones, ones)[1](dy)  # and compiled
+    found: list[Any] = []
+    size = threading.stack_size(1 << 18)
+    try:
+        thread = threading.Thread(
+            target=lambda: found.extend(nk.vjp(nk.layer_norm, x, ones, ones)[1](dy))
+        )
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(size)
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for an x86 processor")
+def test_processors_that_cannot_mask_halves() -> None:
+    script = """if True:
+        import ml_dtypes, numpy as np, normkit as nk
+        for size in (5, 77):
+            x = np.random.default_rng(0).standard_normal((5, size), "float32").astype("bfloat16")
+            with nk.use_backend("reference"):
+                want = nk.layer_norm(x).astype("float64")
+            np.testing.assert_allclose(nk.layer_norm(x).astype("float64"), want, 1e-2, 1e-3)
+    """
+    older = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
+    subprocess.run([sys.executable, "-c", script], env=os.environ | older, check=True)
+
+
 @each_norm
 @pytest.mark.parametrize("absent", [("gamma",), ("beta",), ("gamma", "beta")], ids="-".join)
 def test_absent_parameters_are_ones_and_zeros(
@@ -450,7 +495,7 @@ def test_gradients_of_dy_whose_sums_leave_float32(backend: str, xp: Any) -> None
 
 @kernels
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("shape", [(1030, 6), (9, 6, 700)], ids=str)
+@pytest.mark.parametrize("shape", [(1030, 6), (5, 6), (2, 6, 3), (9, 6, 700)], ids=str)
 def test_halves_far_from_zero_have_exact_statistics(
     shape: tuple[int, ...], dtype: str, backend: str, xp: Any
 ) -> None:

@@ -703,7 +703,6 @@ CHUNK = 4096  #: elements of a stretch that are summed, or of a parameter that a
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
-PIECE = 8  #: cache lines that are prefetched together: a core waits for few at a time
 STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
 STREAMED = 3 << 16  #: cache lines of a result, 12 MiB, from which on caches would not keep it
 SHORTEST = 8  #: cache lines of a run that is streamed, or whose next one is asked for
@@ -955,12 +954,25 @@ def _sum_lines(like, make, first, last, *what):
     return total(a[0]), total(a[1])
 
 
+@inline
+def _fetch_all(to, x, dy, first, last):
+    if dy is not None:
+        _fetch(dy, first, last)
+    _fetch(x, first, last)
+    _fetch(to, first, last)
+
+
 @elementwise
-def _store_lines(to, make, like, first, last, streams, *what):
-    """Let elements first..last of `to` be what ``make(i, count, like, *what)`` gives."""
+def _store_lines(to, make, like, x, dy, first, last, ahead, streams, *what):
+    """Let elements first..last of `to` be what ``make(i, count, like, *what)`` gives of x and dy.
+
+    Memory is asked for `ahead` elements early, if that is not 0; where lines are streamed, for the
+    last one of `to`, which is not.
+    """
     many = per_line(like)
     i = first
     if streams:
+        fetch(to, last + ahead - 1)
         past = past_line(to, first)
         if past:
             i = min(last, first + many - past)
@@ -969,7 +981,10 @@ def _store_lines(to, make, like, first, last, streams, *what):
         while i + many <= last:
             stream_lanes(to, i, None, make(i, None, like, *what))
             i += many
+        ahead = 0
     while i + 4 * many <= last:
+        if ahead:
+            _fetch_all(to, x, dy, i + ahead, i + ahead + 4 * many)
         a, b = make(i, None, like, *what), make(i + many, None, like, *what)
         c, d = make(i + 2 * many, None, like, *what), make(i + 3 * many, None, like, *what)
         store_lanes(to, i, None, a)
@@ -977,6 +992,8 @@ def _store_lines(to, make, like, first, last, streams, *what):
         store_lanes(to, i + 2 * many, None, c)
         store_lanes(to, i + 3 * many, None, d)
         i += 4 * many
+    if ahead:
+        _fetch_all(to, x, dy, i + ahead, last + ahead)
     while i + many <= last:
         store_lanes(to, i, None, make(i, None, like, *what))
         i += many
@@ -985,21 +1002,9 @@ def _store_lines(to, make, like, first, last, streams, *what):
 
 
 @inline
-def _store_run(to, make, like, x, dy, first, last, ahead, streams, *what):
-    """The same; memory is asked for `ahead` elements early, if that is not 0."""
-    if streams:
-        size = last - first
-        fetch(to, last + PARTLY * per_line(to) // size * size - 1)
-    while first < last:
-        stop = last
-        if ahead and not streams:
-            stop = min(last, first + PIECE * per_line(to))
-            if dy is not None:
-                _fetch(dy, first + ahead, stop + ahead)
-            _fetch(x, first + ahead, stop + ahead)
-            _fetch(to, first + ahead, stop + ahead)
-        _store_lines(to, make, like, first, stop, streams, *what)
-        first = stop
+def _to_rest(size, to):
+    """`PARTLY` lines in whole runs of `size` elements, for `_store_lines` that stream."""
+    return PARTLY * per_line(to) // size * size
 
 
 # ------------------------------------------------------------------------------------------ moments
@@ -1399,13 +1404,12 @@ def _apply_each(
     high, scale, shift = table
     index, hop, one = first % params, stride % params, real(x, 1.0)
     like = lanes(x, one)
+    if streams:
+        ahead = _to_rest(size, y)
     for _ in range(count):
-        last, to = first + size, index - first
-        form = 0, x, one, load(high, i), load(scale, i), load(shift, i), gamma, beta, to
-        if ahead or streams:
-            _store_run(y, _y_of, like, x, None, first, last, ahead, streams, *form)
-        else:
-            _store_lines(y, _y_of, like, first, last, False, *form)
+        run = x, None, first, first + size, ahead, streams, 0, x, one
+        form = load(high, i), load(scale, i), load(shift, i)
+        _store_lines(y, _y_of, like, *run, *form, gamma, beta, index - first)
         first += stride
         i += step
         index += hop
@@ -1425,19 +1429,21 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ah
             scale *= load(gamma, index)
             shift += load(beta, index)
         shift -= low * scale
+        if streams:
+            ahead = _to_rest(last - first, y)
         run = x, None, first, last, ahead, streams, 0, x
         if is_float64(x) or _extreme(rstd) or _unsafe(scale):
             like, form = lanes(x, scale), (factor, high, scale, shift)
             if by_element:
-                _store_run(y, _y_of, like, *run, *form, gamma, beta, to)
+                _store_lines(y, _y_of, like, *run, *form, gamma, beta, to)
             else:
-                _store_run(y, _y_of, like, *run, *form, None, None, 0)
+                _store_lines(y, _y_of, like, *run, *form, None, None, 0)
         else:
             narrow = np.float32(1.0), np.float32(high), np.float32(scale), np.float32(shift)
             if by_element:
-                _store_run(y, _y_of, lanes(x, narrow[0]), *run, *narrow, gamma, beta, to)
+                _store_lines(y, _y_of, lanes(x, narrow[0]), *run, *narrow, gamma, beta, to)
             else:
-                _store_run(y, _y_of, lanes(x, narrow[0]), *run, *narrow, None, None, 0)
+                _store_lines(y, _y_of, lanes(x, narrow[0]), *run, *narrow, None, None, 0)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
 
@@ -1469,6 +1475,7 @@ def rows_forward(pointer, first, last):
     alike = span % r1 == 0 and (r0 == 1 or _by_column(axes))
     uniform = alike or (span == 1 and params % r1 == 0)
     rounds = 2 if is_float64(x) and call.center else 1
+    none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
     if stage == SUMS:
         for task in range(first, last):
@@ -1495,7 +1502,7 @@ def rows_forward(pointer, first, last):
             if quick:
                 if parts == 1 or r0 > 1:
                     count = min(stop - group, last - task)
-                _apply_groups(call, alike, at, size, size, count, i, 1, ahead, streams, table)
+                _apply_groups(call, alike, at, size, size, count, i, step, ahead, streams, table)
             else:
                 index, end_of_run = _parameter(axes, at)
                 m, e, r = load(mean, i), load(residual, i), load(rstd, i)
@@ -1537,12 +1544,12 @@ def rows_forward(pointer, first, last):
                 call, begin, groups, alike, mean, residual, rstd, *table
             )
             if quick and r0 == 1:
-                _apply_groups(call, alike, at, r1, r1, groups, 0, 1, later, streams, table)
+                _apply_groups(call, alike, at, r1, r1, groups, none, step, later, streams, table)
                 continue
             for i in range(groups):
                 at = _origin(axes, begin + i)
                 if quick:
-                    _apply_groups(call, alike, at, r1, k1 * r1, r0, i, 0, later, streams, table)
+                    _apply_groups(call, alike, at, r1, k1 * r1, r0, i, none, later, streams, table)
                     continue
                 m, e, r = load(mean, i), load(residual, i), load(rstd, i)
                 for row in range(r0):
@@ -1724,20 +1731,22 @@ def _apply_grad_stretch(
         last, scale, to = min(end, end_of_run), scaled, index - first
         if not by_element:
             scale *= load(gamma, index)
+        if streams:
+            ahead = _to_rest(last - first, dx)
         run = x, dy, first, last, ahead, streams, 0, dy, x
         if wide or _unsafe(scale):
             like, form = lanes(x, scale), (factor, high, scale, slope, shift)
             if by_element:
-                _store_run(dx, _dx_of, like, *run, gamma, to, *form)
+                _store_lines(dx, _dx_of, like, *run, gamma, to, *form)
             else:
-                _store_run(dx, _dx_of, like, *run, None, 0, *form)
+                _store_lines(dx, _dx_of, like, *run, None, 0, *form)
         else:
             one = np.float32(1.0)
             narrow = one, np.float32(high), np.float32(scale), np.float32(slope), np.float32(shift)
             if by_element:
-                _store_run(dx, _dx_of, lanes(x, one), *run, gamma, to, *narrow)
+                _store_lines(dx, _dx_of, lanes(x, one), *run, gamma, to, *narrow)
             else:
-                _store_run(dx, _dx_of, lanes(x, one), *run, None, 0, *narrow)
+                _store_lines(dx, _dx_of, lanes(x, one), *run, None, 0, *narrow)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
@@ -1856,14 +1865,15 @@ def rows_backward_params(pointer, first, last):
                     last_of_run, to = min(stop, at + count - start), start - at
                     if wide:
                         _store_lines(
-                            dx, _dx_and_params_of, lanes(x, 0.0), at, last_of_run, False, dy, x,
-                            gamma, to, factor, high, scaled, slope, shift, lift, dgamma, dbeta,
+                            dx, _dx_and_params_of, lanes(x, 0.0), x, dy, at, last_of_run, 0, False,
+                            dy, x, gamma, to, factor, high, scaled, slope, shift, lift, dgamma,
+                            dbeta,
                         )  # fmt: skip
                     else:
                         one = np.float32(1.0)
                         _store_lines(
-                            dx, _dx_and_params_of, lanes(x, one), at, last_of_run, False, dy, x,
-                            gamma, to, one, np.float32(high), np.float32(scaled),
+                            dx, _dx_and_params_of, lanes(x, one), x, dy, at, last_of_run, 0, False,
+                            dy, x, gamma, to, one, np.float32(high), np.float32(scaled),
                             np.float32(slope), np.float32(shift), np.float32(lift), dgamma, dbeta,
                         )  # fmt: skip
                     start += last_of_run - at
@@ -2003,7 +2013,8 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
     stride, many = k1 * r1, _side_by_side(call.axes, columns)
     ahead = _far(x, call.axes)
     _clear_pair(sums, to, many * columns)
-    wide = many * columns
+    wide, begin = many * columns, np.int64(0)  # for a literal, all would be compiled once more
+    eight, alone, form = np.int64(8), np.int64(1), (x, shift, None, None)
     strip = STRIP if ahead else wide
     while row + 8 * many <= end:  # 8 at once: the sums are read and written less often
         at = origin + row * stride
@@ -2011,18 +2022,16 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
             if ahead:
                 _fetch_share(x, at, many * stride, 8, wide, first)
             last = min(first + strip, wide)
-            _sum_columns(
-                like, _powers, sums, to, first, last, at, many * stride, 8, x, shift, None, None
-            )
+            _sum_columns(like, _powers, sums, to, first, last, at, many * stride, eight, *form)
         row += 8 * many
     while row + 8 <= end:
         at = origin + row * stride
-        _sum_columns(like, _powers, sums, to, 0, columns, at, stride, 8, x, shift, None, None)
+        _sum_columns(like, _powers, sums, to, begin, columns, at, stride, eight, *form)
         row += 8
-    alone = lanes_of_sums(x, 0.0)
+    exact = lanes_of_sums(x, 0.0)
     while row < end:
         at = origin + row * stride
-        _sum_columns(alone, _powers, sums, to, 0, columns, at, stride, 1, x, shift, None, None)
+        _sum_columns(exact, _powers, sums, to, begin, columns, at, stride, alone, *form)
         row += 1
     _gather_pair(sums, to, many, columns)
 
@@ -2262,19 +2271,21 @@ def _spread_to(target, values, count, step, many):
 
 
 @inline
-def _rows_ahead(size, to):
-    """How many pieces of `size` elements are `PARTLY` lines."""
-    return (PARTLY * per_line(to) + size - 1) // size
+def _rows_ahead(streams, far, size, stride, to):
+    """How far ahead `_store_lines` asks for memory, `size` elements of rows at a time."""
+    if streams:
+        return (PARTLY * per_line(to) + size - 1) // size * stride
+    return AHEAD * stride if far else 0
 
 
 @plain
-def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, shift):
+def _apply_rows_of_columns(call, slab, row, end, begin, stop, *form):
     """y of rows row..end, columns begin..stop of a slab, in the type of the tables."""
     x, y, axes = call.x, call.y, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = slab
-    stride, like, form = k1 * r1, lanes_in_order(x, high), (x, factor, high, scale, shift)
-    folded, ahead = _by_column(axes), AHEAD * stride if _far(x, axes) else 0
+    stride, like = k1 * r1, lanes_in_order(x, form[1])
+    folded = _by_column(axes)
     streams = folded and _streams(y, axes)
     many = _side_by_side(axes, stop) if folded and begin == 0 else 1
     while row < end:
@@ -2282,25 +2293,21 @@ def _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scal
             many = 1
         at = origin + row * stride
         first, last = at + begin, at + (many - 1) * stride + stop
-        if ahead and not streams:
-            _fetch(x, first + many * ahead, last + many * ahead)
-            _fetch(y, first + many * ahead, last + many * ahead)
-        if streams:
-            fetch(y, last + _rows_ahead(last - first, y) * many * stride - 1)
+        ahead = _rows_ahead(streams, _far(x, axes), last - first, many * stride, y)
         if folded:
-            _store_lines(y, _y_of, like, first, last, streams, at, *form, None, None, 0)
+            run = x, None, first, last, ahead, streams, at, x
+            _store_lines(y, _y_of, like, *run, *form, None, None, 0)
             first = last
         while first < last:
             index, end_of_run = _parameter(axes, first)
             end_of_run = min(last, end_of_run)
+            run = x, None, first, end_of_run, ahead, False, at, x
             if span == 1:
-                _store_lines(
-                    y, _y_of, like, first, end_of_run, False, at, *form, call.gamma, call.beta,
-                    index - first,
-                )  # fmt: skip
+                to = index - first
+                _store_lines(y, _y_of, like, *run, *form, call.gamma, call.beta, to)
             else:
                 gamma, beta = load(call.gamma, index), load(call.beta, index)
-                _store_lines(y, _y_of, like, first, end_of_run, False, at, *form, gamma, beta, 0)
+                _store_lines(y, _y_of, like, *run, *form, gamma, beta, 0)
             first = end_of_run
         row += many
 
@@ -2391,6 +2398,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     ahead = _far(x, axes)
     _clear_pair(sums, to, many * columns)
     like, wide = lanes_of_sums(x, 0.0), many * columns
+    begin, four, alone = np.int64(0), np.int64(4), np.int64(1)  # and not literals, as above
     strip = STRIP if ahead else wide
     if _by_column(axes):
         form = dy, x, None, 0, factor, high, low
@@ -2401,32 +2409,32 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
                     _fetch_share(dy, at, many * stride, 4, wide, first)
                     _fetch_share(x, at, many * stride, 4, wide, first)
                 last = min(first + strip, wide)
-                _sum_columns(like, _products, sums, to, first, last, at, many * stride, 4, *form)
+                _sum_columns(like, _products, sums, to, first, last, at, many * stride, four, *form)
             row += 4 * many
         while row + 4 <= end:
             at = origin + row * stride
-            _sum_columns(like, _products, sums, to, 0, columns, at, stride, 4, *form)
+            _sum_columns(like, _products, sums, to, begin, columns, at, stride, four, *form)
             row += 4
         while row < end:
             at = origin + row * stride
-            _sum_columns(like, _products, sums, to, 0, columns, at, stride, 1, *form)
+            _sum_columns(like, _products, sums, to, begin, columns, at, stride, alone, *form)
             row += 1
         _gather_pair(sums, to, many, columns)
         return
     for at in range(origin + row * stride, origin + end * stride, stride):
-        first = 0
+        first = begin
         while first < columns:
             index, end_of_run = _parameter(axes, at + first)
             last = min(columns, end_of_run - at)
             if span == 1:
                 _sum_columns(
-                    like, _products, sums, to, first, last, at, stride, 1, dy, x, call.gamma,
+                    like, _products, sums, to, first, last, at, stride, alone, dy, x, call.gamma,
                     index - at - first, factor, high, low,
                 )  # fmt: skip
             else:
                 gamma = load(call.gamma, index)
                 _sum_columns(
-                    like, _products, sums, to, first, last, at, stride, 1, dy, x, gamma, 0,
+                    like, _products, sums, to, first, last, at, stride, alone, dy, x, gamma, 0,
                     factor, high, low,
                 )  # fmt: skip
             first = last
@@ -2508,7 +2516,7 @@ def _apply_column_grads(call, unit, row, end, begin, stop, *form):
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = _slab(axes, unit)
     stride, like = k1 * r1, lanes_in_order(x, form[1])
-    folded, ahead = _by_column(axes), AHEAD * stride if _far(x, axes) else 0
+    folded = _by_column(axes)
     streams = folded and _streams(dx, axes)
     many = _side_by_side(axes, stop) if folded and begin == 0 else 1
     while row < end:
@@ -2516,26 +2524,19 @@ def _apply_column_grads(call, unit, row, end, begin, stop, *form):
             many = 1
         at = origin + row * stride
         first, last = at + begin, at + (many - 1) * stride + stop
-        if ahead and not streams:
-            _fetch(dy, first + many * ahead, last + many * ahead)
-            _fetch(x, first + many * ahead, last + many * ahead)
-            _fetch(dx, first + many * ahead, last + many * ahead)
-        if streams:
-            fetch(dx, last + _rows_ahead(last - first, dx) * many * stride - 1)
+        ahead = _rows_ahead(streams, _far(x, axes), last - first, many * stride, dx)
         if folded:
-            _store_lines(dx, _dx_of, like, first, last, streams, at, dy, x, None, 0, *form)
+            run = x, dy, first, last, ahead, streams, at, dy, x
+            _store_lines(dx, _dx_of, like, *run, None, 0, *form)
             first = last
         while first < last:
             index, end_of_run = _parameter(axes, first)
             end_of_run = min(last, end_of_run)
+            run = x, dy, first, end_of_run, ahead, False, at, dy, x
             if span == 1:
-                _store_lines(
-                    dx, _dx_of, like, first, end_of_run, False, at, dy, x, call.gamma,
-                    index - first, *form,
-                )  # fmt: skip
+                _store_lines(dx, _dx_of, like, *run, call.gamma, index - first, *form)
             else:
-                gamma = load(call.gamma, index)
-                _store_lines(dx, _dx_of, like, first, end_of_run, False, at, dy, x, gamma, 0, *form)
+                _store_lines(dx, _dx_of, like, *run, load(call.gamma, index), 0, *form)
             first = end_of_run
         row += many
 
