@@ -2422,7 +2422,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
         _gather_pair(sums, to, many, columns)
         return
     for at in range(origin + row * stride, origin + end * stride, stride):
-        first = begin
+        first = 0
         while first < columns:
             index, end_of_run = _parameter(axes, at + first)
             last = min(columns, end_of_run - at)
