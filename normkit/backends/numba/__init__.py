@@ -341,9 +341,9 @@ class Numba(Backend):
 
         whole = work.rows and span == r0 == k1 == 1
         if affine and whole and (max(params, r1) <= k.ROW_MOST or params == r1):
-            rows = min(k.ROW_BLOCK, max(1, _PART // max(1, r1)))
-            rows *= max(1, -(-k0 // (_MOST_PARTS * rows)))
             chunk = max(1, params) if params <= k.ROW_MOST else k.CHUNK
+            rows = min(k.ROW_BLOCK, max(1, _PART // max(1, min(r1, chunk))))
+            rows *= max(1, -(-k0 // (_MOST_PARTS * rows)))
             tasks, partial = -(-k0 // rows) * -(-params // chunk), None
             if chunk < params and not frozen:
                 partial = np.empty(units * parts * 2)
