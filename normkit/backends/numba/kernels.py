@@ -691,7 +691,7 @@ _ERRORS: dict[str, Any] = {"error_model": "numpy"}  # x / 0 is inf
 _OPTIONS: dict[str, Any] = _ERRORS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 #: a sum whose order LLVM may choose (once, when it compiles: the bits are fixed)
 reduction = njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True, **_OPTIONS)
-#: element by element, as written but for fused multiply-adds
+#: element by element, or lanes by lanes, in the order written but for fused multiply-adds
 elementwise = njit(fastmath={"contract"}, forceinline=True, **_OPTIONS)
 #: bookkeeping around the loops, for every group (unsaid, options would be the caller's)
 inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
@@ -1470,8 +1470,8 @@ def rows_forward(pointer, first, last):
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     table = scratch(zero, SLAB), scratch(zero, SLAB), scratch(zero, SLAB)
     streams = _streams(call.y, axes)
-    # Whether a group has one parameter; whether that, or each stretch as many as elements, which
-    # follow each other: then `_formulas` serve.
+    # Whether each group has one parameter; whether it has, or each element of a stretch has one and
+    # they follow each other: then `_formulas` serve.
     alike = span % r1 == 0 and (r0 == 1 or _by_column(axes))
     uniform = alike or (span == 1 and params % r1 == 0)
     rounds = 2 if is_float64(x) and call.center else 1
