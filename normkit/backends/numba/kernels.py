@@ -25,6 +25,7 @@ import operator
 from collections import namedtuple
 from collections.abc import Collection
 from functools import cache, cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 from numba import cfunc, njit, prange, types
 from numba.core import cgutils, config
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, unbox
 
@@ -108,10 +111,12 @@ def _element(builder: Any, kind: Pointer, pointer: Any, index: Any) -> Any:
 
 @intrinsic
 def load(typing: Any, pointer: Any, index: Any) -> Any:
-    """Element `index`, in its arithmetic type."""
+    """Element `index`, in its arithmetic type; None of None."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = signature.args[0]
+        if kind is types.none:
+            return context.get_dummy_value()
         value = builder.load(_element(builder, kind, *args), align=1)
         if kind.role == "scratch":
             _mark(builder, value, "alias.scope", _SCRATCH)
@@ -124,7 +129,8 @@ def load(typing: Any, pointer: Any, index: Any) -> Any:
             return builder.bitcast(word, ir.FloatType())
         return value
 
-    return pointer.real(pointer, types.int64), generate
+    number = types.none if pointer is types.none else pointer.real
+    return number(pointer, types.int64), generate
 
 
 @intrinsic
@@ -686,9 +692,42 @@ def call_at(typing: Any, function: Any, call: Any, first: Any, last: Any) -> Any
 
 
 # ------------------------------------------------------------------------------------ kinds of loop
+class _Part(JITCodeLibrary):
+    """A function that only kernels call, which LLVM therefore compiles as a part of them alone.
+
+    Numba would do it once more for each by itself, a third of the time that a kernel takes.
+    """
+
+    def _optimize_final_module(self) -> None:
+        """Leave that to the kernel's."""
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0
+
+    @property
+    def codegen(self) -> Any:
+        """What Numba asks to set a variable that is only there with the machine's code."""
+        return SimpleNamespace(set_env=lambda name, env: None)
+
+
+class _PartCompiler(Compiler):
+    def define_pipelines(self) -> Any:
+        state = self.state
+        state.library = _Part(state.targetctx.codegen(), state.func_id.func_qualname)
+        return super().define_pipelines()
+
+
 _ERRORS: dict[str, Any] = {"error_model": "numpy"}  # x / 0 is inf
 #: what only kernels call needs no way in from Python, and is on disk as a part of them
-_OPTIONS: dict[str, Any] = _ERRORS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_OPTIONS: dict[str, Any] = _ERRORS | {
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": _PartCompiler,
+}
 #: a sum whose order LLVM may choose (once, when it compiles: the bits are fixed)
 reduction = njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True, **_OPTIONS)
 #: element by element, or lanes by lanes, in the order written but for fused multiply-adds
@@ -963,8 +1002,8 @@ def _fetch_all(to, x, dy, first, last):
 
 
 @elementwise
-def _store_lines(to, make, like, x, dy, first, last, ahead, streams, *what):
-    """Let elements first..last of `to` be what ``make(i, count, like, *what)`` gives of x and dy.
+def _store_lines(to, make, like, first, last, ahead, streams, at, dy, x, *what):
+    """Let elements first..last of `to` be what ``make(i, count, like, at, dy, x, *what)`` gives.
 
     Memory is asked for `ahead` elements early, if that is not 0; where lines are streamed, for the
     last one of `to`, which is not.
@@ -977,16 +1016,18 @@ def _store_lines(to, make, like, x, dy, first, last, ahead, streams, *what):
         if past:
             i = min(last, first + many - past)
             part = past, i - first  # of a line: processors would load all that a store may reach
-            store_lanes(to, first - past, part, make(first - past, part, like, *what))
+            store_lanes(to, first - past, part, make(first - past, part, like, at, dy, x, *what))
         while i + many <= last:
-            stream_lanes(to, i, None, make(i, None, like, *what))
+            stream_lanes(to, i, None, make(i, None, like, at, dy, x, *what))
             i += many
         ahead = 0
     while i + 4 * many <= last:
         if ahead:
             _fetch_all(to, x, dy, i + ahead, i + ahead + 4 * many)
-        a, b = make(i, None, like, *what), make(i + many, None, like, *what)
-        c, d = make(i + 2 * many, None, like, *what), make(i + 3 * many, None, like, *what)
+        a = make(i, None, like, at, dy, x, *what)
+        b = make(i + many, None, like, at, dy, x, *what)
+        c = make(i + 2 * many, None, like, at, dy, x, *what)
+        d = make(i + 3 * many, None, like, at, dy, x, *what)
         store_lanes(to, i, None, a)
         store_lanes(to, i + many, None, b)
         store_lanes(to, i + 2 * many, None, c)
@@ -995,10 +1036,11 @@ def _store_lines(to, make, like, x, dy, first, last, ahead, streams, *what):
     if ahead:
         _fetch_all(to, x, dy, i + ahead, last + ahead)
     while i + many <= last:
-        store_lanes(to, i, None, make(i, None, like, *what))
+        store_lanes(to, i, None, make(i, None, like, at, dy, x, *what))
         i += many
     if i < last:
-        store_lanes(to, i, last - i, make(i, last - i, like, *what))
+        part = np.int64(0), last - i
+        store_lanes(to, i, part, make(i, part, like, at, dy, x, *what))
 
 
 @inline
@@ -1329,9 +1371,9 @@ def _centre(x, mean, residual, rstd):
 # ------------------------------------------------------------------------------------ rows: forward
 # The types of the numbers decide the type of the arithmetic: each loop serves float32 and float64.
 @elementwise
-def _y_of(i, count, like, at, x, factor, high, scale, shift, gamma, beta, to):
+def _y_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, shift):
     """y = (x*factor - high)*scale + shift, without a factor if that is None; with gamma and beta,
-    numbers or parameters of which `to` + i is the first, that times gamma + beta.
+    numbers or parameters of which `to` + i is the first, that times gamma + beta. No dy.
     """
     j, d = i - at, load_lanes(x, i, count, like)
     if factor is not None:
@@ -1407,9 +1449,8 @@ def _apply_each(
     if streams:
         ahead = _to_rest(size, y)
     for _ in range(count):
-        run = x, None, first, first + size, ahead, streams, 0, x, one
-        form = load(high, i), load(scale, i), load(shift, i)
-        _store_lines(y, _y_of, like, *run, *form, gamma, beta, index - first)
+        run = first, first + size, ahead, streams, 0, None, x, gamma, beta, index - first
+        _store_lines(y, _y_of, like, *run, one, load(high, i), load(scale, i), load(shift, i))
         first += stride
         i += step
         index += hop
@@ -1431,19 +1472,19 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ah
         shift -= low * scale
         if streams:
             ahead = _to_rest(last - first, y)
-        run = x, None, first, last, ahead, streams, 0, x
+        run = first, last, ahead, streams, 0, None, x
         if is_float64(x) or _extreme(rstd) or _unsafe(scale):
             like, form = lanes(x, scale), (factor, high, scale, shift)
             if by_element:
-                _store_lines(y, _y_of, like, *run, *form, gamma, beta, to)
+                _store_lines(y, _y_of, like, *run, gamma, beta, to, *form)
             else:
-                _store_lines(y, _y_of, like, *run, *form, None, None, 0)
+                _store_lines(y, _y_of, like, *run, None, None, 0, *form)
         else:
             narrow = np.float32(1.0), np.float32(high), np.float32(scale), np.float32(shift)
             if by_element:
-                _store_lines(y, _y_of, lanes(x, narrow[0]), *run, *narrow, gamma, beta, to)
+                _store_lines(y, _y_of, lanes(x, narrow[0]), *run, gamma, beta, to, *narrow)
             else:
-                _store_lines(y, _y_of, lanes(x, narrow[0]), *run, *narrow, None, None, 0)
+                _store_lines(y, _y_of, lanes(x, narrow[0]), *run, None, None, 0, *narrow)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
 
@@ -1614,10 +1655,10 @@ def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
 
 
 @elementwise
-def _dx_of(i, count, like, at, dy, x, gamma, to, factor, high, scale, slope, shift):
+def _dx_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, slope, shift):
     """dx: a line in x plus scale*dy, all of it divided by the factor, if there is one, to stay in
     range; with gamma, a number or parameters of which `to` + i is the first, dy is first multiplied
-    by it.
+    by it. No beta.
     """
     j, d, g = i - at, load_lanes(x, i, count, like), load_lanes(dy, i, count, like)
     if gamma is not None:
@@ -1632,12 +1673,12 @@ def _dx_of(i, count, like, at, dy, x, gamma, to, factor, high, scale, slope, shi
 
 @elementwise
 def _dx_and_params_of(
-    i, count, like, dy, x, gamma, to, factor, high, rstd, slope, shift, lift, dgamma, dbeta
+    i, count, like, at, dy, x, gamma, factor, high, rstd, slope, shift, lift, dgamma, dbeta
 ):
     """The same by gamma; dgamma and dbeta, which have lanes to spare, gain dy*xhat and dy."""
     g = load_lanes(dy, i, count, like)
     d = load_lanes(x, i, count, like) * factor - high
-    j = to + i  # whole lanes: what was stored in part, processors cannot load before it is in cache
+    j = i - at  # whole lanes: what was stored in part, processors cannot load before it is in cache
     more = first_lanes(g * (d * rstd + lift), count)
     store_lanes(dgamma, j, None, load_lanes(dgamma, j, None, like) + more)
     store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, like) + g)
@@ -1733,20 +1774,20 @@ def _apply_grad_stretch(
             scale *= load(gamma, index)
         if streams:
             ahead = _to_rest(last - first, dx)
-        run = x, dy, first, last, ahead, streams, 0, dy, x
+        run = first, last, ahead, streams, 0, dy, x
         if wide or _unsafe(scale):
             like, form = lanes(x, scale), (factor, high, scale, slope, shift)
             if by_element:
-                _store_lines(dx, _dx_of, like, *run, gamma, to, *form)
+                _store_lines(dx, _dx_of, like, *run, gamma, None, to, *form)
             else:
-                _store_lines(dx, _dx_of, like, *run, None, 0, *form)
+                _store_lines(dx, _dx_of, like, *run, None, None, 0, *form)
         else:
             one = np.float32(1.0)
             narrow = one, np.float32(high), np.float32(scale), np.float32(slope), np.float32(shift)
             if by_element:
-                _store_lines(dx, _dx_of, lanes(x, one), *run, gamma, to, *narrow)
+                _store_lines(dx, _dx_of, lanes(x, one), *run, gamma, None, to, *narrow)
             else:
-                _store_lines(dx, _dx_of, lanes(x, one), *run, None, 0, *narrow)
+                _store_lines(dx, _dx_of, lanes(x, one), *run, None, None, 0, *narrow)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
@@ -1862,19 +1903,19 @@ def rows_backward_params(pointer, first, last):
                 lift, wide = -low * scaled, is_float64(x) or _extreme(rstd) or _unsafe(slope)
                 at = origin
                 while at < stop:
-                    last_of_run, to = min(stop, at + count - start), start - at
+                    last_of_run = min(stop, at + count - start)
+                    run = at, last_of_run, 0, False, at - start, dy, x, gamma
                     if wide:
                         _store_lines(
-                            dx, _dx_and_params_of, lanes(x, 0.0), x, dy, at, last_of_run, 0, False,
-                            dy, x, gamma, to, factor, high, scaled, slope, shift, lift, dgamma,
-                            dbeta,
+                            dx, _dx_and_params_of, lanes(x, 0.0), *run, factor, high, scaled, slope,
+                            shift, lift, dgamma, dbeta,
                         )  # fmt: skip
                     else:
                         one = np.float32(1.0)
                         _store_lines(
-                            dx, _dx_and_params_of, lanes(x, one), x, dy, at, last_of_run, 0, False,
-                            dy, x, gamma, to, one, np.float32(high), np.float32(scaled),
-                            np.float32(slope), np.float32(shift), np.float32(lift), dgamma, dbeta,
+                            dx, _dx_and_params_of, lanes(x, one), *run, one, np.float32(high),
+                            np.float32(scaled), np.float32(slope), np.float32(shift),
+                            np.float32(lift), dgamma, dbeta,
                         )  # fmt: skip
                     start += last_of_run - at
                     if start == count:
@@ -2278,38 +2319,50 @@ def _rows_ahead(streams, far, size, stride, to):
     return AHEAD * stride if far else 0
 
 
-@plain
-def _apply_rows_of_columns(call, slab, row, end, begin, stop, *form):
-    """y of rows row..end, columns begin..stop of a slab, in the type of the tables."""
-    x, y, axes = call.x, call.y, call.axes
+@inline  # LLVM would keep `make`, an address of this process
+def _store_rows(arrays, make, axes, slab, row, end, begin, stop, *form):
+    """Let rows row..end, columns begin..stop of a slab, be what `make` gives, by tables `form`."""
+    to, dy, x, gamma, beta = arrays
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = slab
     stride, like = k1 * r1, lanes_in_order(x, form[1])
     folded = _by_column(axes)
-    streams = folded and _streams(y, axes)
+    streams = folded and _streams(to, axes)
     many = _side_by_side(axes, stop) if folded and begin == 0 else 1
     while row < end:
         if row + many > end:
             many = 1
         at = origin + row * stride
         first, last = at + begin, at + (many - 1) * stride + stop
-        ahead = _rows_ahead(streams, _far(x, axes), last - first, many * stride, y)
+        ahead = _rows_ahead(streams, _far(x, axes), last - first, many * stride, to)
         if folded:
-            run = x, None, first, last, ahead, streams, at, x
-            _store_lines(y, _y_of, like, *run, *form, None, None, 0)
+            run = first, last, ahead, streams, at, dy, x
+            _store_lines(to, make, like, *run, None, None, 0, *form)
             first = last
         while first < last:
             index, end_of_run = _parameter(axes, first)
             end_of_run = min(last, end_of_run)
-            run = x, None, first, end_of_run, ahead, False, at, x
+            run = first, end_of_run, ahead, False, at, dy, x
             if span == 1:
-                to = index - first
-                _store_lines(y, _y_of, like, *run, *form, call.gamma, call.beta, to)
+                _store_lines(to, make, like, *run, gamma, beta, index - first, *form)
             else:
-                gamma, beta = load(call.gamma, index), load(call.beta, index)
-                _store_lines(y, _y_of, like, *run, *form, gamma, beta, 0)
+                _store_lines(to, make, like, *run, load(gamma, index), load(beta, index), 0, *form)
             first = end_of_run
         row += many
+
+
+@inline
+def _store_slab(arrays, make, axes, slab, row, end, begin, last, wide, count, form, narrow):
+    """`_store_rows` of columns begin..last by tables: those of float64 where `wide`, of which there
+    are `count`, says so.
+    """
+    while begin < last:
+        stop = _same_type(wide, count, begin, slab[3], last)
+        if count == 0 or load(wide, begin) == 0.0:
+            _store_rows(arrays, make, axes, slab, row, end, begin, stop, None, *narrow)
+        else:
+            _store_rows(arrays, make, axes, slab, row, end, begin, stop, *form)
+        begin = stop
 
 
 def columns_forward(pointer, first, last):
@@ -2377,13 +2430,9 @@ def columns_forward(pointer, first, last):
                 call, slab, mean, residual, rstd, factor, high, low, scale, lift, weight, wide,
                 narrow
             )  # fmt: skip
-        while begin < last_column:
-            stop = _same_type(wide, count, begin, columns, last_column)
-            if count == 0 or load(wide, begin) == 0.0:
-                _apply_rows_of_columns(call, slab, row, end, begin, stop, None, *narrow)
-            else:
-                _apply_rows_of_columns(call, slab, row, end, begin, stop, factor, high, scale, lift)
-            begin = stop
+        arrays, form = (call.y, None, x, gamma, beta), (factor, high, scale, lift)
+        place = call.axes, slab, row, end, begin, last_column
+        _store_slab(arrays, _y_of, *place, wide, count, form, narrow)
 
 
 # -------------------------------------------------------------------------------- columns: backward
@@ -2509,38 +2558,6 @@ def _prepare_column_grads(
     return wides * step
 
 
-@plain
-def _apply_column_grads(call, unit, row, end, begin, stop, *form):
-    """dx of rows row..end, columns begin..stop of a slab, in the type of the tables."""
-    dy, x, dx, axes = call.dy, call.x, call.dx, call.axes
-    k0, r0, k1, r1, params, span = axes
-    _, _, _, _, origin = _slab(axes, unit)
-    stride, like = k1 * r1, lanes_in_order(x, form[1])
-    folded = _by_column(axes)
-    streams = folded and _streams(dx, axes)
-    many = _side_by_side(axes, stop) if folded and begin == 0 else 1
-    while row < end:
-        if row + many > end:
-            many = 1
-        at = origin + row * stride
-        first, last = at + begin, at + (many - 1) * stride + stop
-        ahead = _rows_ahead(streams, _far(x, axes), last - first, many * stride, dx)
-        if folded:
-            run = x, dy, first, last, ahead, streams, at, dy, x
-            _store_lines(dx, _dx_of, like, *run, None, 0, *form)
-            first = last
-        while first < last:
-            index, end_of_run = _parameter(axes, first)
-            end_of_run = min(last, end_of_run)
-            run = x, dy, first, end_of_run, ahead, False, at, dy, x
-            if span == 1:
-                _store_lines(dx, _dx_of, like, *run, call.gamma, index - first, *form)
-            else:
-                _store_lines(dx, _dx_of, like, *run, load(call.gamma, index), 0, *form)
-            first = end_of_run
-        row += many
-
-
 def columns_backward(pointer, first, last):
     """A unit is a slab of columns, its parts are blocks of rows."""
     call = _behind(pointer)
@@ -2561,7 +2578,8 @@ def columns_backward(pointer, first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
             unit, part = task // parts, task % parts
-        _, _, _, columns, _ = _slab(call.axes, unit)
+        slab = _slab(call.axes, unit)
+        columns = slab[3]
         count = _centre_columns(call, unit, s, p, factor, high, low, rstd, wide, lows, rstds)
         if stage == SUMS:
             to = PAIR * task
@@ -2586,16 +2604,9 @@ def columns_backward(pointer, first, last):
             call, unit, lows, rstds, rstd, wide, count, sums, weight, s, p, high, scale, slope,
             shift, narrow
         )  # fmt: skip
-        begin = 0
-        while begin < columns:
-            stop = _same_type(wide, count, begin, columns, columns)
-            if load(wide, begin) == 0.0:
-                _apply_column_grads(call, unit, row, end, begin, stop, None, *narrow)
-            else:
-                _apply_column_grads(
-                    call, unit, row, end, begin, stop, factor, high, scale, slope, shift
-                )
-            begin = stop
+        arrays = call.dx, call.dy, call.x, gamma, None
+        form, place = (factor, high, scale, slope, shift), (call.axes, slab, row, end, 0, columns)
+        _store_slab(arrays, _dx_of, *place, wide, count, form, narrow)
 
 
 @plain
