@@ -655,7 +655,7 @@ def _signature(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...
     for value in (*args, *options.values()):
         kind = type(value)
         if kind is np.ndarray:
-            found += value.shape, value.strides, value.dtype
+            found.append(_meta(value))
         elif kind in _VALUES or (kind is tuple and all(type(v) is int for v in value)):
             found += kind, value
         elif (of := fingerprint(kind)) is not None:

@@ -159,9 +159,9 @@ def test_the_steps_on_the_cpu(case: testing.Case, dtype: str, monkeypatch: Any) 
     backend: Any = Numba()  # which knows no call
     done = []
 
-    def run(kernel: Any, call: Any, tasks: int, threads: int) -> None:
+    def run(kernel: Any, call: Any, tasks: int, elements: int) -> None:
         done.append((kernel._function.__name__, tasks))
-        type(backend._pool).run(backend._pool, kernel, call, tasks, threads)
+        type(backend._pool).run(backend._pool, kernel, call, tasks, elements)
 
     args, options = runs(case, dtype)
     monkeypatch.setattr(backend._pool, "run", run)

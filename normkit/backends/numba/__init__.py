@@ -20,6 +20,7 @@ _PART = 1 << 16  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
 _FEW_PARTS, _PART_ROWS = 16, 1 << 12  #: of columns: their sums then are below 1 % of the data
 _SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
+_BLOCK = 1 << 12  #: elements that are worth a task without sums
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _RUN = 1024  #: runs of parameters are repeated up to this length
@@ -38,7 +39,13 @@ class Work:
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
     stretches: int  #: tasks of backward's APPLY stage
-    windows: int  #: those of forward's; of columns, whose stretches are then SHORT
+    blocks: int  #: parts of a group, or of a window of columns, in forward's APPLY stage
+    windows: int  #: tasks of that
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of x."""
+        return self.axes.groups * self.axes.group_size
 
     @cached_property
     def as_given(self) -> bool:
@@ -51,11 +58,12 @@ class Work:
         kernel = k.rows_forward if self.rows else k.columns_forward
         return k.compiled(kernel, k.Forward, self.dtype, "")
 
-    def scarce(self, threads: int) -> bool:
+    def scarce(self, pool: Pool) -> bool:
         """Whether the parts of a unit should be shared by threads, for want of units."""
-        if threads == 1 or self.parts == 1 or self.units * self.parts < _SHARED:
+        if self.parts == 1 or self.units * self.parts < _SHARED:
             return False
-        return self.units < 4 * threads and self.units % threads > 0
+        threads = pool.threads(self.elements)
+        return threads > 1 and self.units < 4 * threads and self.units % threads > 0
 
 
 @lru_cache(maxsize=4096)
@@ -89,8 +97,14 @@ def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
     stretches = units * (r0 if rows and r0 > 1 else parts)
-    windows = stretches if rows else k0 * -(-k1 * r1 // k.SLAB) * parts
-    return Work(dtype.name, real, rows, axes, repeat, tile, units, parts, stretches, windows)
+    blocks, windows = parts, stretches
+    if not rows:
+        windows = k0 * -(-k1 * r1 // k.WINDOW)
+        blocks = r0 * min(k1 * r1, k.WINDOW) // _BLOCK
+        blocks = max(1, min(r0, blocks, max(parts, _MOST_PARTS // max(1, windows))))
+        windows *= blocks
+    name = dtype.name
+    return Work(name, real, rows, axes, repeat, tile, units, parts, stretches, blocks, windows)
 
 
 @lru_cache(maxsize=64)
@@ -161,13 +175,12 @@ class Numba(Backend):
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
         work = _work(axes, x.dtype)
         stats = self._stats(work)
-        threads = self._pool.threads(x.size)
-        if work.scarce(threads):
-            self._by_parts(work, x, stats, _running(None, eps), eps, center, threads)
+        if work.scarce(self._pool):
+            self._by_parts(work, x, stats, _running(None, eps), eps, center)
         else:
             call = (x, None, None, None, *stats[:4], None, *_running(None, eps))
             numbers = (work.axes, eps, center, k.MOMENTS, 0, work.parts)
-            self._pool.run(work.forward, call + numbers, work.units, threads)
+            self._pool.run(work.forward, call + numbers, work.units, work.elements)
         return stats
 
     def normalize(
@@ -189,10 +202,9 @@ class Numba(Backend):
         update: Update | None = None,
     ) -> Stats:
         work = _work(axes, x.dtype)
-        threads = self._pool.threads(x.size)
-        if work.scarce(threads):
+        if work.scarce(self._pool):
             stats = self._stats(work)
-            self._by_parts(work, x, stats, _running(update, eps), eps, center, threads)
+            self._by_parts(work, x, stats, _running(update, eps), eps, center)
             self._apply(work, x, gamma, beta, y, stats)
             return stats
         stats = self._stats(work) if keep else _NONE
@@ -201,7 +213,7 @@ class Numba(Backend):
             x, y, gamma, beta, *stats[:4], None, *_running(update, eps, kinds),
             work.axes, eps, center, k.ALL, 0, work.parts,
         )  # fmt: skip
-        self._pool.run(work.forward, call, work.units, threads)
+        self._pool.run(work.forward, call, work.units, work.elements)
         return stats
 
     def infer(
@@ -232,15 +244,17 @@ class Numba(Backend):
     ) -> Launch | None:
         if type(self) is not Numba:  # whose other methods may do otherwise
             return None
-        work, elements = _work(axes, x.dtype), x.size
-        if not frozen and work.scarce(self._pool.threads(elements)):  # several launches
+        work = _work(axes, x.dtype)
+        if not frozen and work.scarce(self._pool):  # several launches
             return None
         *as_read, kinds = _params(gamma, beta, work)
         direct = all(p is None or p is read for p, read in zip((gamma, beta), as_read, strict=True))
-        run, threads = self._pool.run, self._pool.threads
-        stage, tasks = (k.APPLY, work.windows) if frozen else (k.ALL, work.units)
+        run, elements = self._pool.run, work.elements
+        stage, parts, tasks = k.ALL, work.parts, work.units
+        if frozen:
+            stage, parts, tasks = k.APPLY, work.blocks, work.windows
         kinds, factor, momentum = _running(update, eps, kinds)[2:]
-        numbers = (kinds, factor, momentum, work.axes, eps or 0.0, center, stage, 0, work.parts)
+        numbers = (kinds, factor, momentum, work.axes, eps or 0.0, center, stage, 0, parts)
 
         def launch(
             x: Array,
@@ -255,7 +269,7 @@ class Numba(Backend):
                 gamma, beta, _ = _params(gamma, beta, work)
             stats = self._stats(work) if keep and not frozen else _NONE
             call = (x, y, gamma, beta, *stats[:4], None, mean, spread, *numbers)
-            run(work.forward, call, tasks, threads(elements))
+            run(work.forward, call, tasks, elements)
             return self.given(mean, spread, eps) if keep and frozen else stats
 
         return launch
@@ -281,9 +295,9 @@ class Numba(Backend):
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
             x, y, gamma, beta, *stats[:4], None, *_running(update, eps, kinds),
-            work.axes, eps or 0.0, True, k.APPLY, 0, work.parts,
+            work.axes, eps or 0.0, True, k.APPLY, 0, work.blocks,
         )  # fmt: skip
-        self._pool.run(work.forward, call, work.windows, self._pool.threads(x.size))
+        self._pool.run(work.forward, call, work.windows, work.elements)
 
     def _by_parts(
         self,
@@ -293,7 +307,6 @@ class Numba(Backend):
         running: tuple[Any, ...],
         eps: float,
         center: bool,
-        threads: int,
     ) -> None:
         """Moments, the parts of a unit shared by threads."""
         units, parts = work.units, work.parts
@@ -302,7 +315,7 @@ class Numba(Backend):
         for again in range(2 if work.real == np.float64 and center else 1):
             for stage, tasks in ((k.SUMS, units * parts), (k.FINISH, units)):
                 call = (*arrays, work.axes, eps, center, stage, again, parts)
-                self._pool.run(work.forward, call, tasks, threads)
+                self._pool.run(work.forward, call, tasks, work.elements)
 
     def gradients(
         self,
@@ -322,7 +335,6 @@ class Numba(Backend):
         k0, r0, k1, r1, params, span = work.axes
         gamma, narrow = _param(gamma, 1.0, work)
         kinds = k.NARROW_GAMMA * narrow
-        threads = self._pool.threads(x.size)
         dy_name = _name(dy.dtype)
 
         def run(
@@ -337,7 +349,7 @@ class Numba(Backend):
             call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums, grads)
             numbers = (kinds, work.axes, center, frozen, stage, parts, rows)
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
-            self._pool.run(compiled, call + numbers, tasks, threads)
+            self._pool.run(compiled, call + numbers, tasks, work.elements)
 
         whole = work.rows and span == r0 == k1 == 1
         if affine and whole and (max(params, r1) <= k.ROW_MOST or params == r1):
@@ -363,7 +375,7 @@ class Numba(Backend):
             sums = np.empty((k0 * k1 * r1 // (params * span), params, pieces, 2))
         kernel = k.rows_backward if work.rows else k.columns_backward
         needs_sums = sums is not None or not frozen
-        if work.scarce(threads) or not needs_sums:
+        if not needs_sums or work.scarce(self._pool):
             partial = None
             if needs_sums:
                 partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
@@ -402,8 +414,8 @@ class Numba(Backend):
         _, _, params, *_ = numbers
         dgamma, dbeta = np.empty(params, dtype), np.empty(params, dtype)
         compiled = k.compiled(k.fold, k.Fold, _name(dtype), "")
-        threads = self._pool.threads(sums.size)
-        self._pool.run(compiled, (sums, dgamma, dbeta, *numbers), -(-params // k.SLAB), threads)
+        call = (sums, dgamma, dbeta, *numbers)
+        self._pool.run(compiled, call, -(-params // k.SLAB), sums.size)
         return dgamma, dbeta
 
     def steps(self, operation: str, x: Array, axes: Axes, *_: Any, **options: Any) -> list[Step]:
@@ -411,13 +423,13 @@ class Numba(Backend):
             return []  # no kernel's, or part of one of these
         work = _work(axes, x.dtype)
         kernel, unit = ("rows_forward", "group") if work.rows else ("columns_forward", "slab")
-        threads = self._pool.threads(axes.groups * axes.group_size)
+        threads = self._pool.threads(work.elements)
 
         def step(does: str, tasks: int, unit: str) -> Step:
             shared = f" on {min(threads, tasks)} threads" if threads > 1 and tasks > 1 else ""
             return Step(kernel, f"{does}: {tasks} {unit}{'s' * (tasks != 1)}{shared}")
 
-        scarce = work.scarce(threads)
+        scarce = work.scarce(self._pool)
         if operation == "forward" and not scarce:
             return [step(f"statistics and result, {unit} by {unit}", work.units, unit)]
         found = []

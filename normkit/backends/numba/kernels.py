@@ -691,6 +691,18 @@ def call_at(typing: Any, function: Any, call: Any, first: Any, last: Any) -> Any
     return types.void(*[types.int64] * 4), generate
 
 
+@intrinsic
+def team(typing: Any) -> Any:
+    """Numba's threads to use: its own `get_num_threads`, but for functions that are cached."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), [])  # as Numba declares it
+        ask = cgutils.get_or_insert_function(builder.module, kind, "get_num_threads")
+        return builder.call(ask, [])
+
+    return types.int64(), generate
+
+
 # ------------------------------------------------------------------------------------ kinds of loop
 class _Part(JITCodeLibrary):
     """A function that only kernels call, which LLVM therefore compiles as a part of them alone.
@@ -743,7 +755,7 @@ NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
-STREAMED = 3 << 16  #: cache lines of a result, 12 MiB, from which on caches would not keep it
+STREAMED = 1 << 19  #: cache lines read and written, 32 MiB, of which caches would keep too few
 SHORTEST = 8  #: cache lines of a run that is streamed, or whose next one is asked for
 PARTLY = 96  #: cache lines ahead that those between runs, which are not streamed, are asked for
 LEAD = 32  #: cache lines ahead that data read once are prefetched
@@ -753,7 +765,8 @@ STRIP = 64  #: columns that are summed, of a few rows at once, before others are
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
 SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 SLAB = 256  #: columns that one task of the columns family sums side by side
-TABLE = SLAB + 2 * SHORT  #: all columns of the groups that a slab's width of them may belong to
+WINDOW = 1024  #: columns that it gives results of: long pieces of rows are what memory likes
+TABLE = WINDOW + 2 * SHORT  #: all columns of the groups that those may belong to
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
 ROW_LIMIT = 4096  #: parameters that a thread widens for itself, on its stack
@@ -866,21 +879,36 @@ def _far(x, axes):
 
 
 @inline
-def _ahead_of_stretch(x, axes):
-    """Prefetch distance, in elements, where every element is read once; 0 for none.
+def _late(x, axes):
+    """Whether data read in their order are to be asked for.
 
     AMD's processors fetch halves in time by themselves.
     """
-    k0, r0, k1, r1, params, span = axes
-    alone = STREAMS and significand(x) < 24
-    return min(k1 * r1, LEAD * per_line(x)) if _far(x, axes) and not alone else 0
+    return _far(x, axes) and not (STREAMS and significand(x) < 24)
 
 
 @inline
-def _ahead_of_sums(x, axes):
-    """Prefetch distance of sums: to the next stretch, if those are short."""
+def _ahead_of_stretch(x, axes):
+    """Prefetch distance, in elements, where every element is read once; 0 for none."""
     k0, r0, k1, r1, params, span = axes
-    return k1 * r1 if r0 > 1 and r1 <= LONG * per_line(x) and _far(x, axes) else 0
+    return min(k1 * r1, LEAD * per_line(x)) if _late(x, axes) else 0
+
+
+@inline
+def _leaps(x, axes):
+    """Whether the processor would be late, since stretches are short and far from each other."""
+    k0, r0, k1, r1, params, span = axes
+    return r0 > 1 and r1 <= LONG * per_line(x) and _far(x, axes)
+
+
+@inline
+def _ahead_of_sums(dy, x, axes):
+    """Prefetch distance of sums, of x or of dy and x: so many stretches that `LEAD` lines are on
+    their way.
+    """
+    k0, r0, k1, r1, params, span = axes
+    lead = (LEAD if dy is None else LEAD // 2) * per_line(x)
+    return (lead + r1 - 1) // r1 * k1 * r1 if _leaps(x, axes) else 0
 
 
 @inline
@@ -891,7 +919,7 @@ def _ahead_of_result(x, axes):
     """
     k0, r0, k1, r1, params, span = axes
     if r0 * r1 > STAYS:
-        return _ahead_of_sums(x, axes)
+        return k1 * r1 if _leaps(x, axes) else 0
     pays = not STREAMS and r0 == 1 and r1 > SHORTEST * per_line(x)
     return r1 if pays and significand(x) == 24 and _far(x, axes) else 0
 
@@ -915,8 +943,8 @@ def _fetch_early(pointer, first, last):
 # What is written past the caches need not be read first, a third of the traffic. It pays where the
 # result would not stay in them, and on AMD's processors; Intel's do better by asking ahead.
 @inline
-def _streams(to, axes):
-    """Whether to write the result past the caches.
+def _streams(to, reads, axes):
+    """Whether to write a result past the caches, having read so many arrays of its size.
 
     Not where many lines would be written in parts: in columns, unless rows are whole lines long,
     and in short runs of elements that share a parameter.
@@ -926,7 +954,7 @@ def _streams(to, axes):
         whole = k1 * r1 % per_line(to) == 0
     else:
         whole = min(r1, params if span == 1 and params > 1 else span) >= SHORTEST * per_line(to)
-    many = k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
+    many = (reads + 1) * k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
     return STREAMS and many and whole and is_aligned(to)
 
 
@@ -1101,6 +1129,12 @@ def _sums_of_rows(x, first, size, count, shift, sums):
 
 
 @inline
+def _reads(stage):
+    """How often a forward kernel reads x."""
+    return 1 if stage == APPLY else 2
+
+
+@inline
 def _part_sums(call, group, part, shift, before, after):
     """`_sums` over one of the parts that a group is cut into.
 
@@ -1115,8 +1149,8 @@ def _part_sums(call, group, part, shift, before, after):
         count = (part + 1) * count // parts - begin
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
-    ahead = _ahead_of_sums(x, axes)
-    writes = given(y) and r0 * r1 <= STAYS and not _streams(y, axes)
+    ahead = _ahead_of_sums(None, x, axes)
+    writes = given(y) and r0 * r1 <= STAYS and not _streams(y, _reads(call.stage), axes)
     s = q = 0.0
     for _ in range(count):
         first, last = origin + at, origin + min(at + CHUNK, r1)
@@ -1510,7 +1544,7 @@ def rows_forward(pointer, first, last):
     mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
     var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     table = scratch(zero, SLAB), scratch(zero, SLAB), scratch(zero, SLAB)
-    streams = _streams(call.y, axes)
+    streams = _streams(call.y, _reads(stage), axes)
     # Whether each group has one parameter; whether it has, or each element of a stretch has one and
     # they follow each other: then `_formulas` serve.
     alike = span % r1 == 0 and (r0 == 1 or _by_column(axes))
@@ -1708,8 +1742,8 @@ def _row_grads(call, group, part):
     index, _ = _parameter(call.axes, origin + at)
     fixed = r0 == 1 or _by_column(call.axes)
     first_of_row = index if at == 0 else _parameter(call.axes, origin)[0]
-    ahead = _ahead_of_sums(x, call.axes)
-    writes = r0 * r1 <= STAYS and not _streams(call.dx, call.axes)
+    ahead = _ahead_of_sums(dy, x, call.axes)
+    writes = r0 * r1 <= STAYS and not _streams(call.dx, 2, call.axes)
     s = p = 0.0
     for _ in range(count):
         first = origin + at + inside
@@ -1801,7 +1835,7 @@ def rows_backward(pointer, first, last):
     call = replaced(call, "gamma", gamma)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    streams = _streams(call.dx, axes)
+    streams = _streams(call.dx, 2, axes)
     if stage == SUMS:
         for task in range(first, last):
             s, p = _row_grads(call, task // parts, task % parts)
@@ -1958,14 +1992,15 @@ def _slab(axes, unit):
 
 @inline
 def _window(axes, unit):
-    """What `_slab` gives of the groups in SLAB columns, and which of their columns those are.
+    """What `_slab` gives of the groups in a window, and which of their columns it has.
 
-    For what needs no sums: then a row may be cut anywhere, best in whole vectors.
+    For what needs no sums: then a row may be cut anywhere, best in equal shares of whole lines.
     """
     k0, r0, k1, r1, params, span = axes
-    windows = (k1 * r1 + SLAB - 1) // SLAB
-    sample, column = unit // windows, unit % windows * SLAB
-    end = min(column + SLAB, k1 * r1)
+    windows = (k1 * r1 + WINDOW - 1) // WINDOW
+    width = ((k1 * r1 + windows - 1) // windows + _LINE - 1) // _LINE * _LINE
+    sample, column = unit // windows, min(unit % windows * width, k1 * r1)
+    end = min(column + width, k1 * r1)
     group = column // r1
     groups = (end + r1 - 1) // r1 - group
     first = group * r1
@@ -2312,29 +2347,29 @@ def _spread_to(target, values, count, step, many):
 
 
 @inline
-def _rows_ahead(streams, far, size, stride, to):
+def _rows_ahead(streams, late, size, stride, to):
     """How far ahead `_store_lines` asks for memory, `size` elements of rows at a time."""
     if streams:
         return (PARTLY * per_line(to) + size - 1) // size * stride
-    return AHEAD * stride if far else 0
+    return AHEAD * stride if late else 0
 
 
 @inline  # LLVM would keep `make`, an address of this process
-def _store_rows(arrays, make, axes, slab, row, end, begin, stop, *form):
+def _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form):
     """Let rows row..end, columns begin..stop of a slab, be what `make` gives, by tables `form`."""
     to, dy, x, gamma, beta = arrays
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = slab
     stride, like = k1 * r1, lanes_in_order(x, form[1])
     folded = _by_column(axes)
-    streams = folded and _streams(to, axes)
+    streams &= folded
     many = _side_by_side(axes, stop) if folded and begin == 0 else 1
     while row < end:
         if row + many > end:
             many = 1
         at = origin + row * stride
         first, last = at + begin, at + (many - 1) * stride + stop
-        ahead = _rows_ahead(streams, _far(x, axes), last - first, many * stride, to)
+        ahead = _rows_ahead(streams, _late(x, axes), last - first, many * stride, to)
         if folded:
             run = first, last, ahead, streams, at, dy, x
             _store_lines(to, make, like, *run, None, None, 0, *form)
@@ -2352,16 +2387,18 @@ def _store_rows(arrays, make, axes, slab, row, end, begin, stop, *form):
 
 
 @inline
-def _store_slab(arrays, make, axes, slab, row, end, begin, last, wide, count, form, narrow):
+def _store_slab(
+    arrays, make, axes, slab, row, end, streams, begin, last, wide, count, form, narrow
+):  # fmt: skip
     """`_store_rows` of columns begin..last by tables: those of float64 where `wide`, of which there
     are `count`, says so.
     """
     while begin < last:
         stop = _same_type(wide, count, begin, slab[3], last)
         if count == 0 or load(wide, begin) == 0.0:
-            _store_rows(arrays, make, axes, slab, row, end, begin, stop, None, *narrow)
+            _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, None, *narrow)
         else:
-            _store_rows(arrays, make, axes, slab, row, end, begin, stop, *form)
+            _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form)
         begin = stop
 
 
@@ -2374,13 +2411,14 @@ def columns_forward(pointer, first, last):
     call = replaced(replaced(call, "gamma", gamma), "beta", beta)
     x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
     shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIRS)
-    mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    mean, residual = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    var, rstd = scratch(0.0, TABLE), scratch(0.0, TABLE)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
     scale, lift = scratch(0.0, TABLE), scratch(0.0, TABLE)
     low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     one = np.float32(1.0)
     narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
+    streams = _streams(call.y, _reads(stage), call.axes)
     rounds = 2 if is_float64(x) and call.center else 1
     ready, count = -1, 0
     for task in range(first, last):
@@ -2431,7 +2469,7 @@ def columns_forward(pointer, first, last):
                 narrow
             )  # fmt: skip
         arrays, form = (call.y, None, x, gamma, beta), (factor, high, scale, lift)
-        place = call.axes, slab, row, end, begin, last_column
+        place = call.axes, slab, row, end, streams, begin, last_column
         _store_slab(arrays, _y_of, *place, wide, count, form, narrow)
 
 
@@ -2573,7 +2611,7 @@ def columns_backward(pointer, first, last):
     wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     one = np.float32(1.0)
     narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
-    step = _step(call.axes)
+    step, streams = _step(call.axes), _streams(call.dx, 2, call.axes)
     for task in range(first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
@@ -2605,7 +2643,8 @@ def columns_backward(pointer, first, last):
             shift, narrow
         )  # fmt: skip
         arrays = call.dx, call.dy, call.x, gamma, None
-        form, place = (factor, high, scale, slope, shift), (call.axes, slab, row, end, 0, columns)
+        form = factor, high, scale, slope, shift
+        place = call.axes, slab, row, end, streams, 0, columns
         _store_slab(arrays, _dx_of, *place, wide, count, form, narrow)
 
 
@@ -2767,16 +2806,18 @@ def enter(kernel, call, tasks):
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _share(kernel, call, tasks, threads):
+def _share(kernel, call, tasks):
+    """An equal share each."""
+    threads = team()
     for thread in prange(threads):
         call_at(kernel, call, thread * tasks // threads, (thread + 1) * tasks // threads)
         settle()  # a thread alone has its result seen by way of Python's lock, which does the same
 
 
 @njit(nogil=True, cache=True)
-def enter_parallel(kernel, call, tasks, threads):
-    """Run the tasks of a kernel on several threads, an equal share each."""
-    _share(kernel, address_of(call), tasks, threads)
+def enter_parallel(kernel, call, tasks):
+    """Run the tasks of a kernel on as many threads as Numba is set to use."""
+    _share(kernel, address_of(call), tasks)
 
 
 def _fields(kind: type, x: str, dy: str) -> list[Any]:
@@ -2818,8 +2859,8 @@ class Compiled:
 
     @cached_property
     def share(self) -> Any:
-        """``share(address, call, tasks, threads)``; Numba's threads start with the first use."""
-        return _entry(enter_parallel, types.int64, self._call, types.int64, types.int64)
+        """``share(address, call, tasks)``; Numba's threads start with the first use."""
+        return _entry(enter_parallel, types.int64, self._call, types.int64)
 
 
 compiled = cache(Compiled)

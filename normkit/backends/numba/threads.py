@@ -34,17 +34,20 @@ class Pool:
         self._lost = True  # even to ask Numba for its threads starts them: who knows who did
         self._entered = threading.Lock()
 
-    def threads(self, elements: int) -> int:
-        """How many threads to share work on so many elements."""
-        if elements < self._pays or self._lost:
-            return 1
-        return int(numba.get_num_threads())
+    def _shares(self, elements: int) -> bool:
+        """Whether to share work on so many elements."""
+        many: bool = numba.config.NUMBA_NUM_THREADS > 1  # type: ignore[attr-defined]
+        return elements >= self._pays and many and not self._lost
 
-    def run(self, kernel: Any, call: tuple[Any, ...], tasks: int, threads: int) -> None:
-        """Run all tasks of a compiled kernel."""
-        if threads > 1 and tasks > 1 and not self._lost and self._entered.acquire(blocking=False):
+    def threads(self, elements: int) -> int:
+        """How many threads share work on so many elements; 0.7 us to ask Numba."""
+        return int(numba.get_num_threads()) if self._shares(elements) else 1
+
+    def run(self, kernel: Any, call: tuple[Any, ...], tasks: int, elements: int) -> None:
+        """Run all tasks of a compiled kernel, which work on so many elements."""
+        if tasks > 1 and self._shares(elements) and self._entered.acquire(blocking=False):
             try:
-                kernel.share(kernel.address, call, tasks, threads)
+                kernel.share(kernel.address, call, tasks)
                 if not self._measured:
                     self._measured = True
                     self._pays = _PAYS[numba.threading_layer()]  # type: ignore[attr-defined]
