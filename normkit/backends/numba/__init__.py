@@ -28,7 +28,9 @@ _RUN = 1024  #: runs of parameters are repeated up to this length
 
 @dataclass(frozen=True)
 class Work:
-    """How the kernels go about one geometry: the same whatever the size of an outermost batch."""
+    """How the kernels go about one geometry: but for `blocks`, which no result depends on, the same
+    whatever the size of an outermost batch.
+    """
 
     dtype: str
     real: Any  #: dtype of the arithmetic

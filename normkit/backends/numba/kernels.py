@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
-from numba import cfunc, njit, prange, types
+from numba import cfunc, get_num_threads, njit, prange, types
 from numba.core import cgutils, config
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
@@ -944,7 +944,7 @@ def _fetch_early(pointer, first, last):
 # result would not stay in them, and on AMD's processors; Intel's do better by asking ahead.
 @inline
 def _streams(to, reads, axes):
-    """Whether to write a result past the caches, having read so many arrays of its size.
+    """Whether to write a result past the caches, data of its size having been read so often.
 
     Not where many lines would be written in parts: in columns, unless rows are whole lines long,
     and in short runs of elements that share a parameter.
@@ -1130,7 +1130,7 @@ def _sums_of_rows(x, first, size, count, shift, sums):
 
 @inline
 def _reads(stage):
-    """How often a forward kernel reads x."""
+    """How often a forward kernel reads x: for its sums, too, it passes through the caches."""
     return 1 if stage == APPLY else 2
 
 
@@ -1492,35 +1492,55 @@ def _apply_each(
             index -= params
 
 
-@plain
-def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ahead, streams):
-    """y of elements first..end, of one group and side by side."""
-    x, y, gamma, beta, axes = call.x, call.y, call.gamma, call.beta, call.axes
-    factor, high, low, scaled = _centre(x, mean, residual, rstd)
+@inline
+def _store_stretch(
+    arrays, make, axes, first, end, index, end_of_run, ahead, streams, wide, low, factor, high,
+    scaled, slope, narrow_slope, shift
+):  # fmt: skip
+    """Let elements first..end, of one group and side by side, be what `make` gives; `_parameter` of
+    the next.
+
+    The parameter that a run of elements shares becomes a part of its scale and, in y, of its shift;
+    dx has no `low` but a `slope`, in a tuple that is empty for y.
+    """
+    to, dy, x, gamma, beta = arrays
     by_element = axes[5] == 1 and axes[3] > 1
     while first < end:
-        last, scale, shift, to = min(end, end_of_run), scaled, 0.0, index - first
+        last, scale, lift = min(end, end_of_run), scaled, shift
         if not by_element:
             scale *= load(gamma, index)
-            shift += load(beta, index)
-        shift -= low * scale
+        if low is not None:
+            lift = -low * scale if by_element else load(beta, index) - low * scale
         if streams:
-            ahead = _to_rest(last - first, y)
-        run = first, last, ahead, streams, 0, None, x
-        if is_float64(x) or _extreme(rstd) or _unsafe(scale):
-            like, form = lanes(x, scale), (factor, high, scale, shift)
-            if by_element:
-                _store_lines(y, _y_of, like, *run, gamma, beta, to, *form)
+            ahead = _to_rest(last - first, to)
+        one, run = np.float32(1.0), (first, last, ahead, streams, 0, dy, x)
+        form = factor, high, scale, *slope, lift
+        narrow = one, np.float32(high), np.float32(scale), *narrow_slope, np.float32(lift)
+        if by_element:
+            params = gamma, beta, index - first
+            if wide:
+                _store_lines(to, make, lanes(x, scale), *run, *params, *form)
             else:
-                _store_lines(y, _y_of, like, *run, None, None, 0, *form)
+                _store_lines(to, make, lanes(x, one), *run, *params, *narrow)
+        elif wide or _unsafe(scale):
+            _store_lines(to, make, lanes(x, scale), *run, None, None, 0, *form)
         else:
-            narrow = np.float32(1.0), np.float32(high), np.float32(scale), np.float32(shift)
-            if by_element:
-                _store_lines(y, _y_of, lanes(x, narrow[0]), *run, gamma, beta, to, *narrow)
-            else:
-                _store_lines(y, _y_of, lanes(x, narrow[0]), *run, None, None, 0, *narrow)
+            _store_lines(to, make, lanes(x, one), *run, None, None, 0, *narrow)
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
+    return index, end_of_run
+
+
+@plain
+def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ahead, streams):
+    """y of a stretch."""
+    x, axes, arrays = call.x, call.axes, (call.y, None, call.x, call.gamma, call.beta)
+    factor, high, low, scaled = _centre(x, mean, residual, rstd)
+    wide = is_float64(x) or _extreme(rstd)
+    _store_stretch(
+        arrays, _y_of, axes, first, end, index, end_of_run, ahead, streams, wide, low, factor, high,
+        scaled, (), (), 0.0
+    )  # fmt: skip
 
 
 @inline
@@ -1796,35 +1816,15 @@ def _line(call, s, p, low, rstd):
 def _apply_grad_stretch(
     call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
 ):
-    """dx of elements first..end, of one group and side by side; `_parameter` of the next."""
-    dy, x, dx, gamma, axes = call.dy, call.x, call.dx, call.gamma, call.axes
+    """dx of a stretch; `_parameter` of the next."""
+    x, axes, arrays = call.x, call.axes, (call.dx, call.dy, call.x, call.gamma, None)
     factor, high, low, scaled = _centre(x, mean, residual, rstd)
     slope, shift = _line(call, s, p, low, scaled)
     wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
-    by_element = axes[5] == 1 and axes[3] > 1
-    while first < end:
-        last, scale, to = min(end, end_of_run), scaled, index - first
-        if not by_element:
-            scale *= load(gamma, index)
-        if streams:
-            ahead = _to_rest(last - first, dx)
-        run = first, last, ahead, streams, 0, dy, x
-        if wide or _unsafe(scale):
-            like, form = lanes(x, scale), (factor, high, scale, slope, shift)
-            if by_element:
-                _store_lines(dx, _dx_of, like, *run, gamma, None, to, *form)
-            else:
-                _store_lines(dx, _dx_of, like, *run, None, None, 0, *form)
-        else:
-            one = np.float32(1.0)
-            narrow = one, np.float32(high), np.float32(scale), np.float32(slope), np.float32(shift)
-            if by_element:
-                _store_lines(dx, _dx_of, lanes(x, one), *run, gamma, None, to, *narrow)
-            else:
-                _store_lines(dx, _dx_of, lanes(x, one), *run, None, None, 0, *narrow)
-        index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
-        first = last
-    return index, end_of_run
+    return _store_stretch(
+        arrays, _dx_of, axes, first, end, index, end_of_run, ahead, streams, wide, None, factor,
+        high, scaled, (slope,), (np.float32(slope),), shift
+    )  # fmt: skip
 
 
 def rows_backward(pointer, first, last):
@@ -1994,12 +1994,13 @@ def _slab(axes, unit):
 def _window(axes, unit):
     """What `_slab` gives of the groups in a window, and which of their columns it has.
 
-    For what needs no sums: then a row may be cut anywhere, best in equal shares of whole lines.
+    For what needs no sums: then a row may be cut anywhere, best in equal shares of 64 columns,
+    which are whole lines in every dtype.
     """
     k0, r0, k1, r1, params, span = axes
     windows = (k1 * r1 + WINDOW - 1) // WINDOW
-    width = ((k1 * r1 + windows - 1) // windows + _LINE - 1) // _LINE * _LINE
-    sample, column = unit // windows, min(unit % windows * width, k1 * r1)
+    width = ((k1 * r1 + windows - 1) // windows + 63) // 64 * 64
+    sample, column = unit // windows, unit % windows * width
     end = min(column + width, k1 * r1)
     group = column // r1
     groups = (end + r1 - 1) // r1 - group
@@ -2412,7 +2413,7 @@ def columns_forward(pointer, first, last):
     x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
     shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIRS)
     mean, residual = scratch(0.0, TABLE), scratch(0.0, TABLE)
-    var, rstd = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    var, rstd = scratch(0.0, SLAB), scratch(0.0, TABLE)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
     scale, lift = scratch(0.0, TABLE), scratch(0.0, TABLE)
     low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
@@ -2806,9 +2807,8 @@ def enter(kernel, call, tasks):
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _share(kernel, call, tasks):
+def _share(kernel, call, tasks, threads):
     """An equal share each."""
-    threads = team()
     for thread in prange(threads):
         call_at(kernel, call, thread * tasks // threads, (thread + 1) * tasks // threads)
         settle()  # a thread alone has its result seen by way of Python's lock, which does the same
@@ -2817,7 +2817,11 @@ def _share(kernel, call, tasks):
 @njit(nogil=True, cache=True)
 def enter_parallel(kernel, call, tasks):
     """Run the tasks of a kernel on as many threads as Numba is set to use."""
-    _share(kernel, address_of(call), tasks)
+    call, threads = address_of(call), team()
+    if threads == 1:
+        call_at(kernel, call, 0, tasks)
+    else:
+        _share(kernel, call, tasks, threads)
 
 
 def _fields(kind: type, x: str, dy: str) -> list[Any]:
@@ -2860,6 +2864,7 @@ class Compiled:
     @cached_property
     def share(self) -> Any:
         """``share(address, call, tasks)``; Numba's threads start with the first use."""
+        get_num_threads()  # starts them, which what is read from disk may fail to do
         return _entry(enter_parallel, types.int64, self._call, types.int64)
 
 
