@@ -23,6 +23,7 @@ _SHARED = 12  #: parts from which on sharing them, by three launches, is faster 
 _BLOCK = 1 << 12  #: elements that are worth a task without sums
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
+_BATCH_NORM = 1.0, 0.0  #: Batch Renormalization's clip that changes nothing
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
@@ -155,12 +156,12 @@ def _param(param: Array | None, default: float, work: Work) -> tuple[Array, bool
 def _running(update: Update | None, eps: float | None, kinds: int = 0) -> tuple[Any, ...]:
     """Running statistics as the kernels take them, and kinds of other things beside theirs."""
     if update is None:
-        return None, None, kinds, 0.0, 0.0
-    mean, spread, factor, momentum, _ = update
+        return None, None, kinds, 0.0, 0.0, _BATCH_NORM
+    mean, spread, factor, momentum, clip = update
     kinds |= k.WIDE_MEAN if mean.dtype.itemsize == 8 else 0
     kinds |= k.WIDE_SPREAD if spread.dtype.itemsize == 8 else 0
-    kinds |= k.DEVIATION if eps is None else 0
-    return mean, spread, kinds, factor or 0.0, momentum
+    kinds |= k.DEVIATION if eps is None or clip else 0
+    return mean, spread, kinds, factor or 1.0, momentum, clip or _BATCH_NORM
 
 
 def _compile(*kernel: Any) -> None:
@@ -170,6 +171,7 @@ def _compile(*kernel: Any) -> None:
 class Numba(Backend):
     name = "numba"
     arrays = ("numpy",)
+    renormalizes = True
 
     def __init__(self) -> None:
         self._pool = Pool()
@@ -180,7 +182,7 @@ class Numba(Backend):
         if work.scarce(self._pool):
             self._by_parts(work, x, stats, _running(None, eps), eps, center)
         else:
-            call = (x, None, None, None, *stats[:4], None, *_running(None, eps))
+            call = (x, None, None, None, *stats, None, *_running(None, eps))
             numbers = (work.axes, eps, center, k.MOMENTS, 0, work.parts)
             self._pool.run(work.forward, call + numbers, work.units, work.elements)
         return stats
@@ -205,14 +207,14 @@ class Numba(Backend):
     ) -> Stats:
         work = _work(axes, x.dtype)
         if work.scarce(self._pool):
-            stats = self._stats(work)
+            stats = self._stats(work, update)
             self._by_parts(work, x, stats, _running(update, eps), eps, center)
             self._apply(work, x, gamma, beta, y, stats)
             return stats
-        stats = self._stats(work) if keep else _NONE
+        stats = self._stats(work, update) if keep else _NONE
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
-            x, y, gamma, beta, *stats[:4], None, *_running(update, eps, kinds),
+            x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
             work.axes, eps, center, k.ALL, 0, work.parts,
         )  # fmt: skip
         self._pool.run(work.forward, call, work.units, work.elements)
@@ -255,8 +257,8 @@ class Numba(Backend):
         stage, parts, tasks = k.ALL, work.parts, work.units
         if frozen:
             stage, parts, tasks = k.APPLY, work.blocks, work.windows
-        kinds, factor, momentum = _running(update, eps, kinds)[2:]
-        numbers = (kinds, factor, momentum, work.axes, eps or 0.0, center, stage, 0, parts)
+        numbers = _running(update, eps, kinds)[2:]
+        numbers += work.axes, eps or 0.0, center, stage, 0, parts
 
         def launch(
             x: Array,
@@ -269,18 +271,22 @@ class Numba(Backend):
         ) -> Stats | None:
             if gamma is None or beta is None or not direct:
                 gamma, beta, _ = _params(gamma, beta, work)
-            stats = self._stats(work) if keep and not frozen else _NONE
-            call = (x, y, gamma, beta, *stats[:4], None, mean, spread, *numbers)
+            stats = self._stats(work, update) if keep and not frozen else _NONE
+            call = (x, y, gamma, beta, *stats, None, mean, spread, *numbers)
             run(work.forward, call, tasks, elements)
             return self.given(mean, spread, eps) if keep and frozen else stats
 
         return launch
 
     @staticmethod
-    def _stats(work: Work) -> Stats:
+    def _stats(work: Work, update: Update | None = None) -> Stats:
         empty, groups = np.empty, work.axes.groups
-        exact = work.real == np.float32  # then the mean needs no residual
-        return Stats(empty(groups), empty(groups), empty(groups), None if exact else empty(groups))
+        residual = r = d = None
+        if work.real == np.float64:  # else the mean needs none
+            residual = empty(groups)
+        if update is not None and (update.clip or _BATCH_NORM) != _BATCH_NORM:
+            r, d = empty(groups), empty(groups)
+        return Stats(empty(groups), empty(groups), empty(groups), residual, r, d)
 
     def _apply(
         self,
@@ -296,7 +302,7 @@ class Numba(Backend):
         """y from given statistics: those of the groups, or running ones."""
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
-            x, y, gamma, beta, *stats[:4], None, *_running(update, eps, kinds),
+            x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
             work.axes, eps or 0.0, True, k.APPLY, 0, work.blocks,
         )  # fmt: skip
         self._pool.run(work.forward, call, work.windows, work.elements)
@@ -313,7 +319,7 @@ class Numba(Backend):
         """Moments, the parts of a unit shared by threads."""
         units, parts = work.units, work.parts
         partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
-        arrays = (x, None, None, None, *stats[:4], partial, *running)
+        arrays = (x, None, None, None, *stats, partial, *running)
         for again in range(2 if work.real == np.float64 and center else 1):
             for stage, tasks in ((k.SUMS, units * parts), (k.FINISH, units)):
                 call = (*arrays, work.axes, eps, center, stage, again, parts)

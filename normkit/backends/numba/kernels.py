@@ -780,8 +780,8 @@ SUMS, FINISH, APPLY, MOMENTS, ALL = range(5)
 
 Forward = namedtuple(
     "Forward",
-    "x y gamma beta mean rstd var residual partial running_mean running_spread kinds factor "
-    "momentum axes eps center stage round parts",
+    "x y gamma beta mean rstd var residual r d partial running_mean running_spread kinds factor "
+    "momentum clip axes eps center stage round parts",
 )
 Backward = namedtuple(
     "Backward",
@@ -793,7 +793,8 @@ Fold = namedtuple(
 )
 Widen = namedtuple("Widen", "param wide params repeat tile")
 
-#: Kinds of running statistics: float64 instead of float32; a standard deviation, not a variance.
+#: Kinds of running statistics: float64 instead of float32; a standard deviation, not a variance, as
+#: Batch Renormalization has it.
 WIDE_MEAN, WIDE_SPREAD, DEVIATION = 1, 2, 4
 #: Kinds of parameters: of x's dtype, not of the arithmetic one.
 NARROW_GAMMA, NARROW_BETA = 8, 16
@@ -1269,17 +1270,16 @@ def _update(call, first, mean, var, count):
 
 
 @inline
-def _running(call, first, mean, rstd, count):
-    """Mean and rstd of `count` groups by the running statistics."""
+def _running(call, first, mean, spread, count):
+    """The running statistics of `count` groups."""
     if call.kinds & WIDE_MEAN:
         _copy_from(as_elements(call.running_mean, mean), first, mean, count)
     else:
         _copy_from(call.running_mean, first, mean, count)
     if call.kinds & WIDE_SPREAD:
-        _copy_from(as_elements(call.running_spread, mean), first, rstd, count)
+        _copy_from(as_elements(call.running_spread, mean), first, spread, count)
     else:
-        _copy_from(call.running_spread, first, rstd, count)
-    _invert(rstd, call.eps, call.kinds & DEVIATION, count)
+        _copy_from(call.running_spread, first, spread, count)
 
 
 @elementwise
@@ -1290,6 +1290,35 @@ def _invert(rstd, eps, deviation, count):
     else:
         for i in range(count):
             store(rstd, i, 1.0 / np.sqrt(load(rstd, i) + eps))
+
+
+@inline
+def _clip(value, low, high):
+    """NaN stays NaN."""
+    return low if value < low else high if value > high else value
+
+
+@elementwise
+def _renorm(clip, mean, rstd, std, r, d, count):
+    """r and d of Batch Renormalization, in place of the running mean and standard deviation, and
+    the new standard deviation.
+    """
+    r_max, d_max = clip
+    for i in range(count):
+        new, running = 1.0 / load(rstd, i), 1.0 / load(d, i)
+        ratio, shift = new * running, (load(mean, i) - load(r, i)) * running
+        store(std, i, new)
+        store(r, i, 1.0 if r_max == 1.0 else _clip(ratio, 1.0 / r_max, r_max))
+        store(d, i, 0.0 if d_max == 0.0 else _clip(shift, -d_max, d_max))
+
+
+@elementwise
+def _correct(r, d, first, residual, rstd, count):
+    """Let (x - mean - residual)*rstd be what it was, times r, plus d."""
+    for i in range(count):
+        a, lift = load(rstd, i) * load(r, first + i), load(d, first + i)
+        store(rstd, i, a)
+        store(residual, i, load(residual, i) - (lift / a if lift != 0.0 else 0.0))
 
 
 @elementwise
@@ -1356,7 +1385,16 @@ def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
         _copy_to(call.residual, group, residual, groups)
     if given(call.var):
         _copy_to(call.var, group, var, groups)
-    if last:
+    if last and call.kinds & DEVIATION:
+        r, d = sums, moved(sums, SLAB)  # which are done with
+        _running(call, group, r, d, groups)
+        _renorm(call.clip, mean, rstd, var, r, d, groups)
+        if given(call.r):
+            _copy_to(call.r, group, r, groups)
+            _copy_to(call.d, group, d, groups)
+        _update(call, group, mean, var, groups)
+        _correct(r, d, 0, residual, rstd, groups)
+    elif last:
         _update(call, group, mean, var, groups)
 
 
@@ -1380,12 +1418,17 @@ def _load_groups(call, group, groups, mean, residual, rstd):
 
 @inline
 def _given_groups(call, group, groups, mean, residual, rstd):
-    """`_saved` of several groups, or the running statistics where they are to be used."""
+    """`_saved` of several groups, with any r and d, or the running statistics where they are to be
+    used.
+    """
     if given(call.running_mean):
         _running(call, group, mean, rstd, groups)
+        _invert(rstd, call.eps, call.kinds & DEVIATION, groups)
         _fill(residual, 0, groups, 0.0)
     else:
         _load_groups(call, group, groups, mean, residual, rstd)
+        if given(call.r):
+            _correct(call.r, call.d, group, residual, rstd, groups)
 
 
 @inline
@@ -1399,7 +1442,7 @@ def _centre(x, mean, residual, rstd):
         factor = 2.0**-960 if rstd < 2.0**-900 else 2.0**960 if rstd > 2.0**900 else 1.0
         return factor, mean * factor, residual * factor, rstd / factor
     high = mean if _extreme(rstd) else np.float64(np.float32(mean))
-    return 1.0, high, mean - high, rstd
+    return 1.0, high, mean - high + residual, rstd
 
 
 # ------------------------------------------------------------------------------------ rows: forward
@@ -2845,6 +2888,8 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
         "running_mean": Pointer("float32", "scratch"),
         "running_spread": Pointer("float32", "scratch"),
         "factor": types.float64, "momentum": types.float64,
+        "r": Pointer("float64", "scratch"), "d": Pointer("float64", "scratch"),
+        "clip": types.UniTuple(types.float64, 2),
     }  # fmt: skip
     return [element.get(field, types.int64) for field in kind._fields]  # type: ignore[attr-defined]
 
