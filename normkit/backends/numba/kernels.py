@@ -947,12 +947,12 @@ def _fetch_early(pointer, first, last):
 def _streams(to, reads, axes):
     """Whether to write a result past the caches, data of its size having been read so often.
 
-    Not where many lines would be written in parts: in columns, unless rows are whole lines long,
-    and in short runs of elements that share a parameter.
+    Not where many lines would be written in parts: in columns, unless rows are whole lines long or
+    many are stored at once, and in short runs of elements that share a parameter.
     """
     k0, r0, k1, r1, params, span = axes
     if r0 > 1 and r1 < SHORT:
-        whole = k1 * r1 % per_line(to) == 0
+        whole = _by_column(axes) and (k1 * r1 <= SLAB or k1 * r1 % per_line(to) == 0)
     else:
         whole = min(r1, params if span == 1 and params > 1 else span) >= SHORTEST * per_line(to)
     many = (reads + 1) * k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
@@ -2060,9 +2060,17 @@ def _step(axes):
 
 
 @inline
-def _side_by_side(axes, columns):
-    """How many rows of a slab lie side by side in memory and are taken as one."""
-    return SLAB // columns if columns == axes[2] * axes[3] and columns <= SLAB else 1
+def _side_by_side(axes, columns, most):
+    """How many rows of a slab lie side by side in memory and are taken as one, of at most so many
+    columns.
+    """
+    return most // columns if columns == axes[2] * axes[3] and columns <= most else 1
+
+
+@inline
+def _most(streams):
+    """Columns of a result that are stored at once: runs that are streamed had better be long."""
+    return WINDOW if streams else SLAB
 
 
 @elementwise
@@ -2130,7 +2138,7 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
     _, _, _, columns, origin = _slab(call.axes, unit)
     x, like = call.x, lanes_of_sums(call.x, zero)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
-    stride, many = k1 * r1, _side_by_side(call.axes, columns)
+    stride, many = k1 * r1, _side_by_side(call.axes, columns, SLAB)
     ahead = _far(x, call.axes)
     _clear_pair(sums, to, many * columns)
     wide, begin = many * columns, np.int64(0)  # for a literal, all would be compiled once more
@@ -2199,7 +2207,7 @@ def _column_shift(call, unit, again, mean, shift):
         for i in range(groups):
             store(shift, i, load(call.x, origin + i * r1))
     _expand(shift, groups, r1)
-    _repeat(shift, _side_by_side(call.axes, columns), columns)
+    _repeat(shift, _side_by_side(call.axes, columns, SLAB), columns)
 
 
 @reduction
@@ -2347,12 +2355,12 @@ def _same_type(wide, count, first, columns, end):
 
 @inline
 def _prepare_columns(
-    call, slab, mean, residual, rstd, factor, high, low, scale, shift, weight, wide, narrow
+    call, slab, streams, mean, residual, rstd, factor, high, low, scale, shift, weight, wide, narrow
 ):
     """Each column's y = (x*factor - high)*scale + shift, narrow or not; how many need float64."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = slab
-    step, many = _step(axes), _side_by_side(axes, columns)
+    step, many = _step(axes), _side_by_side(axes, columns, _most(streams))
     alike, count = r1 // step, columns // step
     wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale, wide)
     _expand(high, groups, alike)
@@ -2406,8 +2414,7 @@ def _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form)
     _, _, _, _, origin = slab
     stride, like = k1 * r1, lanes_in_order(x, form[1])
     folded = _by_column(axes)
-    streams &= folded
-    many = _side_by_side(axes, stop) if folded and begin == 0 else 1
+    many = _side_by_side(axes, stop, _most(streams)) if folded and begin == 0 else 1
     while row < end:
         if row + many > end:
             many = 1
@@ -2509,8 +2516,8 @@ def columns_forward(pointer, first, last):
         if unit != ready:  # the last task's tables serve all parts of a slab
             ready = unit
             count = _prepare_columns(
-                call, slab, mean, residual, rstd, factor, high, low, scale, lift, weight, wide,
-                narrow
+                call, slab, streams, mean, residual, rstd, factor, high, low, scale, lift, weight,
+                wide, narrow
             )  # fmt: skip
         arrays, form = (call.y, None, x, gamma, beta), (factor, high, scale, lift)
         place = call.axes, slab, row, end, streams, begin, last_column
@@ -2525,7 +2532,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     k0, r0, k1, r1, params, span = axes
     _, _, _, columns, origin = _slab(axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
-    stride, many = k1 * r1, _side_by_side(axes, columns)
+    stride, many = k1 * r1, _side_by_side(axes, columns, SLAB)
     ahead = _far(x, axes)
     _clear_pair(sums, to, many * columns)
     like, wide = lanes_of_sums(x, 0.0), many * columns
@@ -2576,7 +2583,7 @@ def _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide, l
     """`_centre` for each group of a slab, then for each column; how many rstds need float64."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = _slab(axes, unit)
-    alike, many = r1 // _step(axes), _side_by_side(axes, columns)
+    alike, many = r1 // _step(axes), _side_by_side(axes, columns, SLAB)
     _load_slab(call, unit, mean, residual, rstd)
     wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, rstd, wide)
     _copy_to(lows, 0, low, groups)
@@ -2604,13 +2611,13 @@ def _lines(groups, count, frozen, center, low, rstd, s, p, slope, shift):
 
 @inline
 def _prepare_column_grads(
-    call, unit, lows, rstds, rstd, wide, wides, sums, weight, s, p, high, scale, slope, shift,
-    narrow
+    call, unit, streams, lows, rstds, rstd, wide, wides, sums, weight, s, p, factor, high, scale,
+    slope, shift, narrow
 ):  # fmt: skip
     """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
     axes, r1, slab = call.axes, call.axes[3], _slab(call.axes, unit)
     _, groups, _, columns, _ = slab
-    step, many = _step(axes), _side_by_side(axes, columns)
+    step, many = _step(axes), _side_by_side(axes, columns, _most(streams))
     alike, count = r1 // step, columns // step
     _column_params(axes, slab, step, call.gamma, 1.0, weight)
     _copy_from(rstd, 0, scale, count)
@@ -2636,6 +2643,8 @@ def _prepare_column_grads(
         _spread(scale, count, step, many)
         _spread(slope, count, step, many)
         _spread(shift, count, step, many)
+        _repeat(factor, many, columns)
+        _repeat(high, many, columns)
         _expand(wide, count, step)
     return wides * step
 
@@ -2648,13 +2657,15 @@ def columns_backward(pointer, first, last):
     call = replaced(call, "gamma", gamma)
     parts, stage, r0 = call.parts, call.stage, call.axes[1]
     sums = scratch(0.0, PAIRS)
-    factor, high = scratch(0.0, SLAB), scratch(0.0, SLAB)
+    factor, high = scratch(0.0, WINDOW), scratch(0.0, WINDOW)
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    scale, slope, shift = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    scale, slope, shift = scratch(0.0, WINDOW), scratch(0.0, WINDOW), scratch(0.0, WINDOW)
     weight, s, p = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     one = np.float32(1.0)
-    narrow = scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB), scratch(one, SLAB)
+    narrow = (
+        scratch(one, WINDOW), scratch(one, WINDOW), scratch(one, WINDOW), scratch(one, WINDOW)
+    )  # fmt: skip
     step, streams = _step(call.axes), _streams(call.dx, 2, call.axes)
     for task in range(first, last):
         unit, part = task, 0
@@ -2683,8 +2694,8 @@ def columns_backward(pointer, first, last):
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
         count = _prepare_column_grads(
-            call, unit, lows, rstds, rstd, wide, count, sums, weight, s, p, high, scale, slope,
-            shift, narrow
+            call, unit, streams, lows, rstds, rstd, wide, count, sums, weight, s, p, factor, high,
+            scale, slope, shift, narrow
         )  # fmt: skip
         arrays = call.dx, call.dy, call.x, gamma, None
         form = factor, high, scale, slope, shift
