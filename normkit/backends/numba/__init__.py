@@ -20,7 +20,8 @@ _PART = 1 << 16  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
 _FEW_PARTS, _PART_ROWS = 16, 1 << 12  #: of columns: their sums then are below 1 % of the data
 _SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
-_BLOCK = 1 << 12  #: elements that are worth a task without sums
+_BLOCK = 1 << 12  #: elements that are worth a task without sums,
+_PREPARED = 3 << 12  #: and those of one that makes tables of its own
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _BATCH_NORM = 1.0, 0.0  #: Batch Renormalization's clip that changes nothing
@@ -103,7 +104,7 @@ def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
     blocks, windows = parts, stretches
     if not rows:
         windows = k0 * -(-k1 * r1 // k.WINDOW)
-        blocks = r0 * min(k1 * r1, k.WINDOW) // _BLOCK
+        blocks = r0 * min(k1 * r1, k.WINDOW) // (_BLOCK if windows == k0 else _PREPARED)
         blocks = max(1, min(r0, blocks, max(parts, _MOST_PARTS // max(1, windows))))
         windows *= blocks
     name = dtype.name

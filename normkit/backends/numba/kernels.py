@@ -2034,14 +2034,28 @@ def _slab(axes, unit):
 
 
 @inline
-def _window(axes, unit):
-    """What `_slab` gives of the groups in a window, and which of their columns it has.
+def _windows(axes):
+    """Windows of a row, for what needs no sums: then it may be cut anywhere."""
+    return (axes[2] * axes[3] + WINDOW - 1) // WINDOW
 
-    For what needs no sums: then a row may be cut anywhere, best in equal shares of 64 columns,
-    which are whole lines in every dtype.
+
+@inline
+def _find_window(axes, parts, task):
+    """(window, part of its rows). Those of a few rows follow each other: threads then share few
+    lines, which on two core complexes take them twice as long.
+    """
+    windows = _windows(axes)
+    rows, window = task // windows, task % windows
+    return rows // parts * windows + window, rows % parts
+
+
+@inline
+def _window(axes, unit):
+    """What `_slab` gives of the groups in a window, and which of their columns it has: equal shares
+    of 64 columns, which are whole lines in every dtype.
     """
     k0, r0, k1, r1, params, span = axes
-    windows = (k1 * r1 + WINDOW - 1) // WINDOW
+    windows = _windows(axes)
     width = ((k1 * r1 + windows - 1) // windows + 63) // 64 * 64
     sample, column = unit // windows, unit % windows * width
     end = min(column + width, k1 * r1)
@@ -2474,9 +2488,10 @@ def columns_forward(pointer, first, last):
     ready, count = -1, 0
     for task in range(first, last):
         unit, part = task, 0
-        if stage in (SUMS, APPLY):
+        if stage == SUMS:
             unit, part = task // parts, task % parts
         if stage == APPLY:
+            unit, part = _find_window(call.axes, parts, task)
             slab, begin, last_column = _window(call.axes, unit)
         else:
             slab = _slab(call.axes, unit)
