@@ -18,10 +18,11 @@ from normkit.backends.numba.threads import Pool
 
 _PART = 1 << 16  #: elements of a group that are worth a task of their own
 _MOST_PARTS = 64
-_FEW_PARTS, _PART_ROWS = 16, 1 << 12  #: of columns: their sums then are below 1 % of the data
+_FEW_PARTS, _PART_ROWS = 12, 1 << 12  #: of columns: their sums then are below 1 % of the data
 _SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
 _BLOCK = 1 << 12  #: elements that are worth a task without sums,
 _PREPARED = 3 << 12  #: and those of one that makes tables of its own
+_STAYS = 1 << 19  #: elements of a slab that a cache keeps
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _BATCH_NORM = 1.0, 0.0  #: Batch Renormalization's clip that changes nothing
@@ -68,6 +69,13 @@ class Work:
             return False
         threads = pool.threads(self.elements)
         return threads > 1 and self.units < 4 * threads and self.units % threads > 0
+
+    def by_parts(self, pool: Pool) -> bool:
+        """Whether forward shares them: also of slabs that no cache would keep until they are met
+        again, since rows in memory, read and written in pieces by several threads, are slow.
+        """
+        far = not self.rows and self.elements >= self.units * _STAYS
+        return self.scarce(pool) or (far and pool.threads(self.elements) > 1)
 
 
 @lru_cache(maxsize=4096)
@@ -180,7 +188,7 @@ class Numba(Backend):
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
         work = _work(axes, x.dtype)
         stats = self._stats(work)
-        if work.scarce(self._pool):
+        if work.by_parts(self._pool):
             self._by_parts(work, x, stats, _running(None, eps), eps, center)
         else:
             call = (x, None, None, None, *stats, None, *_running(None, eps))
@@ -207,7 +215,7 @@ class Numba(Backend):
         update: Update | None = None,
     ) -> Stats:
         work = _work(axes, x.dtype)
-        if work.scarce(self._pool):
+        if work.by_parts(self._pool):
             stats = self._stats(work, update)
             self._by_parts(work, x, stats, _running(update, eps), eps, center)
             self._apply(work, x, gamma, beta, y, stats)
@@ -250,7 +258,7 @@ class Numba(Backend):
         if type(self) is not Numba:  # whose other methods may do otherwise
             return None
         work = _work(axes, x.dtype)
-        if not frozen and work.scarce(self._pool):  # several launches
+        if not frozen and work.by_parts(self._pool):  # several launches
             return None
         *as_read, kinds = _params(gamma, beta, work)
         direct = all(p is None or p is read for p, read in zip((gamma, beta), as_read, strict=True))
@@ -438,15 +446,15 @@ class Numba(Backend):
             shared = f" on {min(threads, tasks)} threads" if threads > 1 and tasks > 1 else ""
             return Step(kernel, f"{does}: {tasks} {unit}{'s' * (tasks != 1)}{shared}")
 
-        scarce = work.scarce(self._pool)
-        if operation == "forward" and not scarce:
+        by_parts = work.by_parts(self._pool)
+        if operation == "forward" and not by_parts:
             return [step(f"statistics and result, {unit} by {unit}", work.units, unit)]
         found = []
         if operation not in ("normalize", "infer"):
-            if scarce:
+            if by_parts:
                 found.append(step("sums", work.units * work.parts, "part"))
             found.append(step("statistics", work.units, unit))
-            if scarce and work.real == np.float64 and options["center"]:
+            if by_parts and work.real == np.float64 and options["center"]:
                 found *= 2  # about an element, then about the mean
         if operation != "moments":
             found.append(step("result", work.windows, "piece"))
