@@ -766,7 +766,9 @@ STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near w
 SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 SLAB = 256  #: columns that one task of the columns family sums side by side
 WINDOW = 1024  #: columns that it gives results of: long pieces of rows are what memory likes
-TABLE = WINDOW + 2 * SHORT  #: all columns of the groups that those may belong to
+#: all columns of the groups that those may belong to; tables a power of two long would evict each
+#: other, as their entries for a column would be in one set of the cache
+TABLE = WINDOW + 2 * SHORT
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
 ROW_LIMIT = 4096  #: parameters that a thread widens for itself, on its stack
@@ -2082,9 +2084,11 @@ def _side_by_side(axes, columns, most):
 
 
 @inline
-def _most(streams):
-    """Columns of a result that are stored at once: runs that are streamed had better be long."""
-    return WINDOW if streams else SLAB
+def _most(x, axes, streams):
+    """Columns of a result that are stored at once: where rows are no whole lines, runs that are
+    streamed had better be long.
+    """
+    return WINDOW if streams and axes[2] * axes[3] % per_line(x) else SLAB
 
 
 @elementwise
@@ -2374,7 +2378,8 @@ def _prepare_columns(
     """Each column's y = (x*factor - high)*scale + shift, narrow or not; how many need float64."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = slab
-    step, many = _step(axes), _side_by_side(axes, columns, _most(streams))
+    most = _most(call.x, axes, streams)
+    step, many = _step(axes), _side_by_side(axes, columns, most)
     alike, count = r1 // step, columns // step
     wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale, wide)
     _expand(high, groups, alike)
@@ -2428,7 +2433,7 @@ def _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form)
     _, _, _, _, origin = slab
     stride, like = k1 * r1, lanes_in_order(x, form[1])
     folded = _by_column(axes)
-    many = _side_by_side(axes, stop, _most(streams)) if folded and begin == 0 else 1
+    many = _side_by_side(axes, stop, _most(x, axes, streams)) if folded and begin == 0 else 1
     while row < end:
         if row + many > end:
             many = 1
@@ -2632,7 +2637,8 @@ def _prepare_column_grads(
     """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
     axes, r1, slab = call.axes, call.axes[3], _slab(call.axes, unit)
     _, groups, _, columns, _ = slab
-    step, many = _step(axes), _side_by_side(axes, columns, _most(streams))
+    most = _most(call.x, axes, streams)
+    step, many = _step(axes), _side_by_side(axes, columns, most)
     alike, count = r1 // step, columns // step
     _column_params(axes, slab, step, call.gamma, 1.0, weight)
     _copy_from(rstd, 0, scale, count)
@@ -2672,14 +2678,14 @@ def columns_backward(pointer, first, last):
     call = replaced(call, "gamma", gamma)
     parts, stage, r0 = call.parts, call.stage, call.axes[1]
     sums = scratch(0.0, PAIRS)
-    factor, high = scratch(0.0, WINDOW), scratch(0.0, WINDOW)
+    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    scale, slope, shift = scratch(0.0, WINDOW), scratch(0.0, WINDOW), scratch(0.0, WINDOW)
+    scale, slope, shift = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     weight, s, p = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     one = np.float32(1.0)
     narrow = (
-        scratch(one, WINDOW), scratch(one, WINDOW), scratch(one, WINDOW), scratch(one, WINDOW)
+        scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
     )  # fmt: skip
     step, streams = _step(call.axes), _streams(call.dx, 2, call.axes)
     for task in range(first, last):
