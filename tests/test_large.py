@@ -29,6 +29,7 @@ LARGE: dict[str, Any] = {
     "instance, channels last": (nk.instance_norm, {}, (97, 52, 53), 1),
     "instance, lines of channels": (nk.instance_norm, {}, (96, 52, 53), 1),
     "instance, a line": (nk.instance_norm, {}, (8192, 32), None),
+    "instance, a few lines": (nk.instance_norm, {}, (4096, 8, 8), None),
 }
 
 

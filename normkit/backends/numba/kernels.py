@@ -956,7 +956,8 @@ def _streams(to, reads, axes):
     if r0 > 1 and r1 < SHORT:
         whole = _by_column(axes) and (k1 * r1 <= SLAB or k1 * r1 % per_line(to) == 0)
     else:
-        whole = min(r1, params if span == 1 and params > 1 else span) >= SHORTEST * per_line(to)
+        run = min(r1, params if span == 1 and params > 1 else span)
+        whole = run >= SHORTEST * per_line(to) or run % per_line(to) == r1 % per_line(to) == 0
     many = (reads + 1) * k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
     return STREAMS and many and whole and is_aligned(to)
 
@@ -1042,7 +1043,8 @@ def _store_lines(to, make, like, first, last, ahead, streams, at, dy, x, *what):
     many = per_line(like)
     i = first
     if streams:
-        fetch(to, last + ahead - 1)
+        if past_line(to, last):
+            fetch(to, last + ahead - 1)
         past = past_line(to, first)
         if past:
             i = min(last, first + many - past)
