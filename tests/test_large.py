@@ -139,3 +139,26 @@ def test_rows_of_columns_may_be_wider_than_a_window(
     np.testing.assert_allclose(got.astype("float64"), exact.astype("float64"), close, close)
     tiny = got[:, edge[::3]].astype("float64"), exact[:, edge[::3]].astype("float64")
     np.testing.assert_allclose(*tiny, rtol=close)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("extreme", ["none", "some", "all"])
+def test_gradients_of_many_rows_of_columns_at_once(extreme: str, dtype: str) -> None:
+    """Rows of 97 channels, of which a window takes several, and those that need float64 alone."""
+    rng = np.random.default_rng(6)
+    x, dy = (rng.standard_normal((60_000, 97), "float32").astype(dtype) for _ in range(2))
+    assert 3 * x.nbytes // 64 >= kernels.STREAMED
+    chosen = {"none": slice(0), "some": slice(3, 90, 7), "all": slice(None)}[extreme]
+    size = 2.0 ** (-45 if dtype == "float32" else -950)
+    x[:, chosen] *= x.dtype.type(size)
+    gamma = rng.standard_normal(97, "float32").astype(dtype)
+    found = []
+    for backend in ("numba", "reference"):
+        with nk.use_backend(backend):
+            y, pullback = nk.vjp(nk.batch_norm, x, gamma, eps=0.0)
+            dx, dgamma, _ = pullback(dy)
+            dx[:, chosen] *= dx.dtype.type(size)
+            found.append((y, dx, dgamma))
+    close = 1e-5 if dtype == "float32" else 1e-11
+    for got, want in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, close, close * np.abs(want).max())

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import threads_script
+from cases import same_bits
 
 import normkit as nk
 
@@ -61,3 +63,46 @@ def test_the_chosen_backend_is_the_threads_own() -> None:
         leave.set()
         other.join()
     assert chosen == ["reference"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(40_000, 40), (2100, 1024), (512, 130, 7, 4)], ids=str)
+@pytest.mark.parametrize("clip", [None, (1.25, 0.5), (1.0, 0.5), (1.25, 0.0)], ids=str)
+def test_one_thread_gives_the_bits_of_all(
+    clip: tuple[float, float] | None, shape: tuple[int, ...], dtype: str
+) -> None:
+    """Whether a unit's parts are shared by threads or not, and however far its mean is away."""
+    rng = np.random.default_rng(5)
+    channels = shape[1]
+    x, dy = (rng.standard_normal(shape, "float32").astype(dtype) for _ in range(2))
+    x[:, ::3] += 2000 if dtype == "float16" else 5000  # about which sums are taken anew
+    x[:, 1::4] *= x.dtype.type(3)
+    gamma, beta = (rng.standard_normal(channels, "float32") for _ in range(2))
+
+    def run(out: Any) -> list[Any]:
+        running = np.full(channels, 0.75), np.full(channels, 1.5)  # both clips act, on some
+        norm, options = nk.batch_norm, {"running_mean": running[0], "running_var": running[1]}
+        if clip is not None:
+            norm, options = nk.batch_renorm, {"running_mean": running[0], "running_std": running[1]}
+            options |= {"r_max": clip[0], "d_max": clip[1]}
+        y, pullback = nk.vjp(norm, x, gamma, beta, **options)
+        again = {"out": x.copy()} if out else {}
+        y_again = norm(again.get("out", x), gamma, beta, **options, **again)
+        return [y, *pullback(dy), *running, y_again]
+
+    threads, found = numba.get_num_threads(), []
+    try:
+        for count, out in ((threads, False), (1, False), (threads, True)):
+            numba.set_num_threads(count)
+            found.append(run(out))
+    finally:
+        numba.set_num_threads(threads)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert same_bits(a, b)
+    with nk.use_backend("reference"):
+        exact = run(False)
+    close = {"float16": 4e-3, "float32": 2e-3, "float64": 1e-9}[dtype]  # as x has it, at 5000
+    np.testing.assert_allclose(found[0][0].astype("f8"), exact[0].astype("f8"), close, close)
+    for a, b in zip(found[0][4:6], exact[4:6], strict=True):
+        np.testing.assert_allclose(a, b, 1e-5)

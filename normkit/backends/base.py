@@ -71,7 +71,8 @@ class Backend(ABC):
 
     name: ClassVar[str]  #: what `use_backend` takes
     arrays: ClassVar[tuple[str, ...]]  #: top-level modules of the array types it serves
-    renormalizes: ClassVar[bool] = False  #: whether `forward` heeds the clip of an update
+    #: whether `forward` heeds the clip of an update: said anew by whoever overrides `forward`
+    renormalizes: ClassVar[bool] = False
 
     @abstractmethod
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:

@@ -22,7 +22,7 @@ _FEW_PARTS, _PART_ROWS = 12, 1 << 12  #: of columns: their sums then are below 1
 _SHARED = 12  #: parts from which on sharing them, by three launches, is faster than one launch
 _BLOCK = 1 << 12  #: elements that are worth a task without sums,
 _PREPARED = 3 << 12  #: and those of one that makes tables of its own
-_STAYS = 1 << 19  #: elements of a slab that a cache keeps
+_NEAR = 1 << 19  #: elements of a slab that a cache keeps
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _BATCH_NORM = 1.0, 0.0  #: Batch Renormalization's clip that changes nothing
@@ -71,10 +71,11 @@ class Work:
         return threads > 1 and self.units < 4 * threads and self.units % threads > 0
 
     def by_parts(self, pool: Pool) -> bool:
-        """Whether forward shares them: also of slabs that no cache would keep until they are met
-        again, since rows in memory, read and written in pieces by several threads, are slow.
+        """Whether forward shares them: also where several slabs share rows, which memory gives and
+        takes slowly in pieces, and no cache keeps one from its sums to its result.
         """
-        far = not self.rows and self.elements >= self.units * _STAYS
+        pieces = not self.rows and self.axes.k1 * self.axes.r1 > k.SLAB
+        far = pieces and self.elements >= self.units * _NEAR
         return self.scarce(pool) or (far and pool.threads(self.elements) > 1)
 
 
@@ -173,6 +174,11 @@ def _running(update: Update | None, eps: float | None, kinds: int = 0) -> tuple[
     return mean, spread, kinds, factor or 1.0, momentum, clip or _BATCH_NORM
 
 
+def _corrects(update: Update | None) -> bool:
+    """Whether there are an r and a d."""
+    return update is not None and (update.clip or _BATCH_NORM) != _BATCH_NORM
+
+
 def _compile(*kernel: Any) -> None:
     _ = k.compiled(*kernel).share  # for one thread and for several
 
@@ -199,6 +205,7 @@ class Numba(Backend):
     def normalize(
         self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
     ) -> None:
+        stats = stats._replace(r=None, d=None)
         self._apply(_work(axes, x.dtype), x, gamma, beta, y, stats)
 
     def forward(
@@ -216,11 +223,11 @@ class Numba(Backend):
     ) -> Stats:
         work = _work(axes, x.dtype)
         if work.by_parts(self._pool):
-            stats = self._stats(work, update)
+            stats = self._stats(work, _corrects(update))
             self._by_parts(work, x, stats, _running(update, eps), eps, center)
             self._apply(work, x, gamma, beta, y, stats)
             return stats
-        stats = self._stats(work, update) if keep else _NONE
+        stats = self._stats(work, _corrects(update)) if keep else _NONE
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
             x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
@@ -262,7 +269,7 @@ class Numba(Backend):
             return None
         *as_read, kinds = _params(gamma, beta, work)
         direct = all(p is None or p is read for p, read in zip((gamma, beta), as_read, strict=True))
-        run, elements = self._pool.run, work.elements
+        run, elements, corrects = self._pool.run, work.elements, _corrects(update)
         stage, parts, tasks = k.ALL, work.parts, work.units
         if frozen:
             stage, parts, tasks = k.APPLY, work.blocks, work.windows
@@ -280,7 +287,7 @@ class Numba(Backend):
         ) -> Stats | None:
             if gamma is None or beta is None or not direct:
                 gamma, beta, _ = _params(gamma, beta, work)
-            stats = self._stats(work, update) if keep and not frozen else _NONE
+            stats = self._stats(work, corrects) if keep and not frozen else _NONE
             call = (x, y, gamma, beta, *stats, None, mean, spread, *numbers)
             run(work.forward, call, tasks, elements)
             return self.given(mean, spread, eps) if keep and frozen else stats
@@ -288,12 +295,12 @@ class Numba(Backend):
         return launch
 
     @staticmethod
-    def _stats(work: Work, update: Update | None = None) -> Stats:
+    def _stats(work: Work, corrects: bool = False) -> Stats:
         empty, groups = np.empty, work.axes.groups
         residual = r = d = None
         if work.real == np.float64:  # else the mean needs none
             residual = empty(groups)
-        if update is not None and (update.clip or _BATCH_NORM) != _BATCH_NORM:
+        if corrects:
             r, d = empty(groups), empty(groups)
         return Stats(empty(groups), empty(groups), empty(groups), residual, r, d)
 

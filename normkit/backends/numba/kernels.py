@@ -756,7 +756,8 @@ FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
 STREAMED = 1 << 19  #: cache lines read and written, 32 MiB, of which caches would keep too few
-SHORTEST = 8  #: cache lines of a run that is streamed, or whose next one is asked for
+#: cache lines of a run that is streamed (half, if they are whole), or whose next is asked for
+SHORTEST = 8
 PARTLY = 96  #: cache lines ahead that those between runs, which are not streamed, are asked for
 LEAD = 32  #: cache lines ahead that data read once are prefetched
 AHEAD = 2  #: rows of columns that they are fetched ahead
@@ -795,8 +796,8 @@ Fold = namedtuple(
 )
 Widen = namedtuple("Widen", "param wide params repeat tile")
 
-#: Kinds of running statistics: float64 instead of float32; a standard deviation, not a variance, as
-#: Batch Renormalization has it.
+#: Kinds of running statistics: float64 instead of float32; a standard deviation, not a variance:
+#: they are Batch Renormalization's, whose training corrects by them.
 WIDE_MEAN, WIDE_SPREAD, DEVIATION = 1, 2, 4
 #: Kinds of parameters: of x's dtype, not of the arithmetic one.
 NARROW_GAMMA, NARROW_BETA = 8, 16
@@ -949,15 +950,16 @@ def _fetch_early(pointer, first, last):
 def _streams(to, reads, axes):
     """Whether to write a result past the caches, data of its size having been read so often.
 
-    Not where many lines would be written in parts: in columns, unless rows are whole lines long or
-    many are stored at once, and in short runs of elements that share a parameter.
+    Not where many lines would be written in parts: in columns, unless rows with the same parameters
+    are whole lines long or many are stored at once, and in short runs of elements that share one.
     """
     k0, r0, k1, r1, params, span = axes
     if r0 > 1 and r1 < SHORT:
         whole = _by_column(axes) and (k1 * r1 <= SLAB or k1 * r1 % per_line(to) == 0)
     else:
         run = min(r1, params if span == 1 and params > 1 else span)
-        whole = run >= SHORTEST * per_line(to) or run % per_line(to) == r1 % per_line(to) == 0
+        odd = run % per_line(to) != 0 or r1 % per_line(to) != 0
+        whole = run >= (SHORTEST if odd else SHORTEST // 2) * per_line(to)
     many = (reads + 1) * k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
     return STREAMS and many and whole and is_aligned(to)
 
@@ -1037,8 +1039,8 @@ def _fetch_all(to, x, dy, first, last):
 def _store_lines(to, make, like, first, last, ahead, streams, at, dy, x, *what):
     """Let elements first..last of `to` be what ``make(i, count, like, at, dy, x, *what)`` gives.
 
-    Memory is asked for `ahead` elements early, if that is not 0; where lines are streamed, for the
-    last one of `to`, which is not.
+    Memory is asked for `ahead` elements early, if that is not 0; where lines are streamed, for a
+    last one of `to` that is not.
     """
     many = per_line(like)
     i = first
@@ -1309,8 +1311,8 @@ def _renorm(clip, mean, rstd, std, r, d, count):
     """
     r_max, d_max = clip
     for i in range(count):
-        new, running = 1.0 / load(rstd, i), 1.0 / load(d, i)
-        ratio, shift = new * running, (load(mean, i) - load(r, i)) * running
+        old_mean, old_std, new = load(r, i), load(d, i), 1.0 / load(rstd, i)
+        ratio, shift = new / old_std, (load(mean, i) - old_mean) / old_std
         store(std, i, new)
         store(r, i, 1.0 if r_max == 1.0 else _clip(ratio, 1.0 / r_max, r_max))
         store(d, i, 0.0 if d_max == 0.0 else _clip(shift, -d_max, d_max))
@@ -1318,7 +1320,7 @@ def _renorm(clip, mean, rstd, std, r, d, count):
 
 @elementwise
 def _correct(r, d, first, residual, rstd, count):
-    """Let (x - mean - residual)*rstd be what it was, times r, plus d."""
+    """Let (x - mean - residual)*rstd be what it was, times r, plus d: no table knows of them."""
     for i in range(count):
         a, lift = load(rstd, i) * load(r, first + i), load(d, first + i)
         store(rstd, i, a)
@@ -1379,7 +1381,7 @@ def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
             if not (good and np.isfinite(q)):
                 m, e, v, r = _exact_moments(call, group + i)
                 store(mean, i, m)
-                store(residual, i, e)
+                store(residual, i, e if is_float64(x) else 0.0)  # nobody keeps it
                 store(var, i, v)
                 store(rstd, i, r)
     if given(call.mean):
@@ -2435,6 +2437,7 @@ def _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form)
     _, _, _, _, origin = slab
     stride, like = k1 * r1, lanes_in_order(x, form[1])
     folded = _by_column(axes)
+    # `_streams` is for folded parameters only.
     many = _side_by_side(axes, stop, _most(x, axes, streams)) if folded and begin == 0 else 1
     while row < end:
         if row + many > end:
@@ -2535,7 +2538,7 @@ def columns_forward(pointer, first, last):
         row, end = 0, r0
         if stage == APPLY:
             row, end = part * r0 // parts, (part + 1) * r0 // parts
-        if unit != ready:  # the last task's tables serve all parts of a slab
+        if unit != ready:  # the last task's tables serve the next part, if a row is one window
             ready = unit
             count = _prepare_columns(
                 call, slab, streams, mean, residual, rstd, factor, high, low, scale, lift, weight,
