@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from normkit.axes import Ints, Layout, Rule, layout
-from normkit.backends.base import Array, Launch, Stats, Update
+from normkit.backends.base import BATCH_NORM, Array, Launch, Stats, Update
 from normkit.dispatch import (
     adopt,
     backend_for,
@@ -284,7 +284,7 @@ class Call:
                 backend.infer(packed, axes, *given, gamma, beta, target)
         elif running.clip and not (backend.renormalizes and plan.direct_running):
             stats = backend.moments(packed, axes, eps=self.eps, center=True)
-            if running.clip != (1.0, 0.0):  # which is batch norm
+            if running.clip != BATCH_NORM:
                 mean, std, _ = self._given(running, xp)
                 r, d = self._per_param(*backend.renorm(stats, mean, std, running.clip), xp)
                 gamma, beta = backend.affine(gamma, beta, r, d, plan.arithmetic)

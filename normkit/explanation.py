@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from normkit.axes import ALTERNATING, Axes, Layout
-from normkit.backends.base import Array, Backend, Step, Update
+from normkit.backends.base import BATCH_NORM, Array, Backend, Step, Update
 from normkit.call import Call, declared
 from normkit.dispatch import library, namespace
 from normkit.portable import Adapted, unwrap
@@ -157,7 +157,7 @@ def _steps(call: Call, backend: Backend) -> Iterator[Step]:
         if call.frozen:
             operations = [("infer", update)]
         elif given.clip and not (backend.renormalizes and fused):
-            corrected = [("renorm", update), ("affine", None)] * (given.clip != (1.0, 0.0))
+            corrected = [("renorm", update), ("affine", None)] * (given.clip != BATCH_NORM)
             operations = [("moments", None), *corrected, ("normalize", None), ("average", update)]
         elif fused:
             operations = [("forward", update)]

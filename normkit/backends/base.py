@@ -14,6 +14,10 @@ from normkit.axes import Axes
 Array = Any  # NumPy, CuPy or a third party's: typed by what it can do, not by what it is
 
 
+#: clip of Batch Renormalization that corrects nothing: r = 1 and d = 0, which is batch norm
+BATCH_NORM = 1.0, 0.0
+
+
 class Stats(NamedTuple):
     """Statistics of the groups, each a (groups,) array of float32 or wider."""
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from normkit.axes import Axes
+from normkit.backends.base import BATCH_NORM
 
 REDUCE, APPLY = 1, 2  #: halves of a kernel
 BOTH = REDUCE | APPLY  #: data are kept on chip between them
@@ -110,7 +111,7 @@ class Update(NamedTuple):
     @property
     def renorm(self) -> bool:
         """Whether r and d are any but 1 and 0."""
-        return self.clip not in (None, (1.0, 0.0))
+        return self.clip not in (None, BATCH_NORM)
 
     @property
     def values(self) -> tuple[Any, ...]:

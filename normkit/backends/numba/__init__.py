@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from normkit.axes import Axes
-from normkit.backends.base import Array, Backend, Launch, Stats, Step, Update
+from normkit.backends.base import BATCH_NORM, Array, Backend, Launch, Stats, Step, Update
 from normkit.backends.numba import kernels as k
 from normkit.backends.numba.threads import Pool
 
@@ -25,7 +25,6 @@ _PREPARED = 3 << 12  #: and those of one that makes tables of its own
 _NEAR = 1 << 19  #: elements of a slab that a cache keeps
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
-_BATCH_NORM = 1.0, 0.0  #: Batch Renormalization's clip that changes nothing
 _RUN = 1024  #: runs of parameters are repeated up to this length
 
 
@@ -166,17 +165,17 @@ def _param(param: Array | None, default: float, work: Work) -> tuple[Array, bool
 def _running(update: Update | None, eps: float | None, kinds: int = 0) -> tuple[Any, ...]:
     """Running statistics as the kernels take them, and kinds of other things beside theirs."""
     if update is None:
-        return None, None, kinds, 0.0, 0.0, _BATCH_NORM
+        return None, None, kinds, 0.0, 0.0, BATCH_NORM
     mean, spread, factor, momentum, clip = update
     kinds |= k.WIDE_MEAN if mean.dtype.itemsize == 8 else 0
     kinds |= k.WIDE_SPREAD if spread.dtype.itemsize == 8 else 0
     kinds |= k.DEVIATION if eps is None or clip else 0
-    return mean, spread, kinds, factor or 1.0, momentum, clip or _BATCH_NORM
+    return mean, spread, kinds, factor or 1.0, momentum, clip or BATCH_NORM
 
 
 def _corrects(update: Update | None) -> bool:
     """Whether there are an r and a d."""
-    return update is not None and (update.clip or _BATCH_NORM) != _BATCH_NORM
+    return update is not None and update.clip not in (None, BATCH_NORM)
 
 
 def _compile(*kernel: Any) -> None:

@@ -1391,16 +1391,15 @@ def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
         _copy_to(call.residual, group, residual, groups)
     if given(call.var):
         _copy_to(call.var, group, var, groups)
-    if last and call.kinds & DEVIATION:
-        r, d = sums, moved(sums, SLAB)  # which are done with
-        _running(call, group, r, d, groups)
-        _renorm(call.clip, mean, rstd, var, r, d, groups)
-        if given(call.r):
-            _copy_to(call.r, group, r, groups)
-            _copy_to(call.d, group, d, groups)
-        _update(call, group, mean, var, groups)
-        _correct(r, d, 0, residual, rstd, groups)
-    elif last:
+    if last:
+        if call.kinds & DEVIATION:
+            r, d = sums, moved(sums, SLAB)  # which are done with
+            _running(call, group, r, d, groups)
+            _renorm(call.clip, mean, rstd, var, r, d, groups)
+            if given(call.r):
+                _copy_to(call.r, group, r, groups)
+                _copy_to(call.d, group, d, groups)
+            _correct(r, d, 0, residual, rstd, groups)
         _update(call, group, mean, var, groups)
 
 
