@@ -35,7 +35,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few rows and rounds: a minute")
     parser.add_argument(
-        "--rounds", type=int, help="of everyone in turns (7; quick: 3); a tie takes 4 times as many"
+        "--rounds", type=int, help="of everyone in turns, in each pass (7; quick: 3)"
+    )
+    parser.add_argument(
+        "--passes", type=int, default=1, help="over all rows: minutes apart, in other memory (1)"
     )
     parser.add_argument("--peers", help="only these, comma-separated; an empty word for none")
     parser.add_argument("--threads", type=int, default=processors(), help="of everyone (all)")
@@ -90,7 +93,7 @@ def main() -> int:
         results["first use"] = first_use.measure()
     if not options.first_use:
         rounds = options.rounds or (3 if options.quick else 7)
-        harness.run(table, device, makers, rounds, results, options.out)
+        harness.run(table, device, makers, rounds, results, options.out, options.passes)
     return harness.conclude(results, options.out, options.compare)
 
 

@@ -173,7 +173,7 @@ def main() -> int:
     for who in (quick, makers) if SLOW in makers else (quick,):
         harness.run(
             table, device, who, ROUNDS, results, options.out,
-            lambda: time.monotonic() - began > 60 * MINUTES,
+            time_is_up=lambda: time.monotonic() - began > 60 * MINUTES,
         )  # fmt: skip
     status = harness.conclude(results, options.out)
     return status or int(any("FAILED" in line for line in found))

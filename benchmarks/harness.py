@@ -17,7 +17,7 @@ from benchmarks import report
 from benchmarks.cases import Case
 from benchmarks.peers import PEERS, Make
 from benchmarks.report import Results
-from benchmarks.timing import Device, time_row
+from benchmarks.timing import Device, Times, time_row
 
 #: bytes an element that a check needs at most: the reference's, in the widest type
 NEEDED = 160
@@ -58,37 +58,44 @@ def run(
     rounds: int,
     results: Results,
     prefix: Path | None = None,
+    passes: int = 1,
     time_is_up: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Time every case into `results` (a row of an earlier pass is replaced), saved to a prefix."""
-    at = {row["case"]: i for i, row in enumerate(results["rows"])}
+    """Time every case into `results`, replacing earlier rows, saved to a prefix.
+
+    Every pass is over the whole table: minutes apart, and in other places of memory.
+    """
+    rows = {row["case"]: row for row in results["rows"]}
+    taken: dict[str, list[Times]] = {}
+    turns = [(turn, case) for turn in range(passes) for case in table]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     progress = Progress(*columns, TimeRemainingColumn(), console=report.console(), transient=True)
     with progress:
-        task = progress.add_task("", total=len(table))
-        for done, case in enumerate(table):
+        task = progress.add_task("", total=len(turns))
+        for done, (turn, case) in enumerate(turns):
             if time_is_up():
                 who = ", ".join(makers)
-                rest = f"{len(table) - done} rows from {case.name} on, beside {who}"
+                rest = f"{len(turns) - done} rows from {case.name} on, beside {who}"
                 results["skipped"].append(f"{rest}: no time left")
                 break
             progress.update(task, description=case.name, completed=done)
             if reason := _too_large(case, device):
-                results["skipped"].append(f"{case.name}: {reason}")
+                if turn == 0:
+                    results["skipped"].append(f"{case.name}: {reason}")
                 continue
+            before = taken.setdefault(case.name, [])
             try:
-                row = time_row(case, device, makers, rounds)
+                row, times = time_row(case, device, makers, rounds, before)
             except Exception as error:  # the next row may do better; this one is reported
                 results["failed"].append(f"{case.name}: {type(error).__name__}: {error}")
                 continue
             finally:
                 device.release()
-            if case.name in at:
-                results["rows"][at[case.name]] = row
-            else:
-                results["rows"].append(row)
+            before.append(times)
+            rows[case.name] = row
+            results["rows"][:] = rows.values()
             if not progress.console.is_terminal:
-                print(f"{done + 1}/{len(table)} {report.line(row)}", file=sys.stderr, flush=True)
+                print(f"{done + 1}/{len(turns)} {report.line(row)}", file=sys.stderr, flush=True)
             if prefix:
                 report.write(Path(f"{prefix}.json"), results)
     if prefix:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import repeat
 from pathlib import Path
@@ -25,8 +26,7 @@ Times = dict[str, list[float]]  #: everyone's samples, a round each, in microsec
 
 #: largest error over largest value that a contestant may have
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
-FEW, LONG = 3, 2e5  #: samples that are enough of calls of so many microseconds
-AGAIN = 3  #: times as many rounds more for a row that nobody clearly wins
+FEW, LONG = 3, 2e5  #: samples a pass that are enough of calls of so many microseconds
 OURS = "normkit"
 OUT = "normkit, out="
 
@@ -48,6 +48,12 @@ class Device(Protocol):
 
     def machine(self) -> dict[str, Any]:
         """What the figures depend on."""
+
+
+def _trim() -> None:
+    """Have glibc return what is free: it keeps gigabytes of every row, and their places."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 @cache
@@ -107,6 +113,7 @@ class Cpu:
 
     def release(self) -> None:
         gc.collect()
+        _trim()
 
     def machine(self) -> dict[str, Any]:
         info = Path("/proc/cpuinfo")
@@ -157,17 +164,16 @@ def check(case: Case, given: dict[str, Array], peers: dict[str, Make]) -> Checke
     return found
 
 
-def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) -> Row:
-    """Microseconds, spread and error of all who can do the case, and their times over normkit's."""
+def time_row(
+    case: Case, device: Device, peers: dict[str, Make], rounds: int, before: Sequence[Times] = ()
+) -> tuple[Row, Times]:
+    """A row of the results, samples of passes before included, and this pass's samples."""
     checked = check(case, inputs(case, device.xp), peers)
-    runs = checked.runs | device.copies(case.bytes)
-    times: Times = {who: [] for who in runs}
-    in_turns(runs, device, rounds, times)
-    timed = [who for who in peers if who in times]
-    if any(doubtful(times, who) for who in timed if not _long(times, who)):
-        in_turns(runs, device, AGAIN * rounds, times)
-    beside = {who: ratios(times, who) for who in timed}
-    return {
+    taken = in_turns(checked.runs | device.copies(case.bytes), device, rounds)
+    passes = [*before, taken]
+    times = pooled(passes)
+    beside = pooled([{who: ratios(one, who) for who in peers if who in one} for one in passes])
+    row = {
         "case": case.name,
         "where": case.where,
         **{key: getattr(case, key) for key in ("norm", "direction", "dtype", "layout", "shape")},
@@ -180,30 +186,29 @@ def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) ->
         "error": checked.errors,
         "absent": checked.absent,
     }
+    return row, taken
 
 
-def in_turns(runs: dict[str, Run], device: Device, rounds: int, times: Times) -> None:
-    """Add samples of everyone, round by round; of who takes long, a few are enough."""
+def in_turns(runs: dict[str, Run], device: Device, rounds: int) -> Times:
+    """Samples of everyone, round by round; of who takes long, a few are enough."""
+    times: Times = {who: [] for who in runs}
     forth = list(runs.items())
     for turn in range(rounds):
         for who, run in reversed(forth) if turn % 2 else forth:  # nobody always after another
-            if len(times[who]) < FEW or not _long(times, who):
+            if len(times[who]) < FEW or min(times[who]) < LONG:
                 times[who].append(device.microseconds(run))
+    return times
 
 
-def _long(times: Times, who: str) -> bool:
-    return min(times[who]) >= LONG
+def pooled(passes: Sequence[Times]) -> Times:
+    """Everyone's samples of all passes."""
+    everyone = dict.fromkeys(who for one in passes for who in one)
+    return {who: [sample for one in passes for sample in one.get(who, ())] for who in everyone}
 
 
 def ratios(times: Times, who: str) -> list[float]:
     """Someone's time over normkit's in each round: a machine that slows down slows down both."""
     return [theirs / ours for theirs, ours in zip(times[who], times[OURS], strict=False)]
-
-
-def doubtful(times: Times, who: str) -> bool:
-    """Whether each of the two is faster in more than a quarter of the rounds."""
-    low, _, high = statistics.quantiles(ratios(times, who), n=4, method="inclusive")
-    return low < 1 < high
 
 
 def spread(samples: list[float]) -> float:

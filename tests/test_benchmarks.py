@@ -167,7 +167,7 @@ def test_a_wrong_or_failing_or_lacking_peer_is_not_timed() -> None:
         raise Unsupported("no such operator")
 
     contestants = {f.__name__: f for f in (wrong, misshapen, failing, lacking)}
-    row = time_row(case, Still(), contestants, 2)
+    row, _ = time_row(case, Still(), contestants, 2)
     assert set(row["us"]) == {"normkit", OUT, "copy", "copy, 1 thread"}
     assert row["absent"] == {
         "wrong": row["absent"]["wrong"],
@@ -193,44 +193,41 @@ class Scripted(Still):
         return next(found) if isinstance(found, cycle) else 1.0
 
 
-@pytest.mark.parametrize(
-    ("theirs", "median", "rounds"),
-    [
-        ((1.1, 1.2), 1.15, 4),
-        ((0.9,), 0.9, 4),
-        ((1.2, 0.9, 0.9, 1.2), 1.05, 16),
-        ((3 * LONG, LONG, 2 * LONG, 0.1), 2 * LONG, 4),
-    ],
-    ids=["won", "lost", "in doubt", "long"],
-)
-def test_a_row_that_nobody_clearly_wins_takes_more_rounds(
-    theirs: tuple[float, ...], median: float, rounds: int
-) -> None:
-    case, taken = Case("layer_norm", (4, 6), "NC", "float32", "inference"), []
+def test_samples_of_passes_are_pooled_and_few_are_taken_of_long_calls() -> None:
+    case, calls = Case("layer_norm", (4, 6), "NC", "float32", "inference"), []
 
-    def peer(case: Case, given: dict[str, Any]) -> Contestant:
-        y, times = function(case, given)(), cycle(theirs)
-        return Contestant(lambda: times, lambda _: (y,))
+    def peer(*theirs: float) -> Any:
+        def make(case: Case, given: dict[str, Any]) -> Contestant:
+            y, times = function(case, given)(), cycle(theirs)
+            return Contestant(lambda: calls.append(0) or times, lambda _: (y,))
 
-    def other(case: Case, given: dict[str, Any]) -> Contestant:
-        y = function(case, given)()
-        return Contestant(lambda: taken.append(0) or y, lambda _: (y,))
+        return make
 
-    row = time_row(case, Scripted(), {"peer": peer, "other": other}, 4)
-    assert row["ratio"]["peer"] == pytest.approx(median)
-    assert len(taken) == rounds + 1  # and the check
+    row, first = time_row(case, Scripted(), {"peer": peer(1.1, 1.2)}, 4)
+    assert (row["ratio"]["peer"], first["peer"]) == (pytest.approx(1.15), [1.1, 1.2, 1.1, 1.2])
+    row, second = time_row(case, Scripted(), {"peer": peer(0.9)}, 5, [first])
+    assert (row["ratio"]["peer"], second["peer"]) == (0.9, [0.9] * 5)
+    assert row["spread"] == {who: 0.1111 if who == "peer" else 0 for who in first}
+    row, _ = time_row(case, Scripted(), {"peer": peer(9), "late": peer(3)}, 2, [first])
+    assert row["ratio"] == {"peer": 1.2, "late": 3}  # which was absent, or wrong, in the first pass
+    calls.clear()
+    row, _ = time_row(case, Scripted(), {"peer": peer(3 * LONG, LONG, 2 * LONG, 0.1)}, 5)
+    assert row["ratio"]["peer"] == 2 * LONG
+    assert len(calls) == 3 + 1  # and the check
 
 
 def test_a_run_is_written_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = select(cases(), "layer_norm tiny")
     done = harness.begin(Still(), {}, [])
-    harness.run(table, Still(), {}, 2, done, tmp_path / "part", lambda: len(done["rows"]) == 2)
+    harness.run(
+        table, Still(), {}, 2, done, tmp_path / "part", time_is_up=lambda: len(done["rows"]) == 2
+    )
     assert report.read(tmp_path / "part.json") == json.loads(json.dumps(done))
     assert [row["case"] for row in done["rows"]] == [case.name for case in table[:2]]
     assert "1 rows from layer_norm inference" in done["skipped"][0]
-    harness.run(table, Still(), {}, 2, done, tmp_path / "part")  # replaces two rows, adds one
+    harness.run(table, Still(), {}, 2, done, tmp_path / "part", 2)  # replaces two rows, adds one
     assert [row["case"] for row in done["rows"]] == [case.name for case in table]
-    assert "3/3 layer_norm inference" in capsys.readouterr().err
+    assert "6/6 layer_norm inference" in capsys.readouterr().err
     assert harness.conclude(done, None) == 0
     assert table[0].name in capsys.readouterr().out
 
