@@ -248,10 +248,11 @@ class Call:
         """The normalised array, and the function from dy to the gradients."""
         if self.out is not None and _same_memory(self.out, self.x):
             raise ValueError("vjp: out is x, which the pullback still needs: give another array")
-        y, stats, r, d = self._forward(keep=True)
-        return unwrap(y), Pullback(self, stats, r, d)
+        y, stats, corrections = self._forward(keep=True)
+        return unwrap(y), Pullback(lambda: self, stats, corrections)
 
-    def _forward(self, keep: bool) -> tuple[Array, Stats | None, Array | None, Array | None]:
+    def _forward(self, keep: bool) -> tuple[Array, Stats | None, tuple[Array, Array] | None]:
+        """y, the statistics and, if they do not hold them, r and d of Batch Renormalization."""
         x, plan, running = self.x, self.plan, self.running
         xp = np
         if type(x) is not np.ndarray:
@@ -261,15 +262,14 @@ class Call:
                     return self._forward(keep)
         y = self.like_x(xp) if self.out is None else self.out
         if plan.empty:
-            return y, None, None, None
+            return y, None, None
         if self.launch is not None:
             mean, spread = running[:2] if running else (None, None)
-            stats = self.launch(x, y, self.gamma, self.beta, mean, spread, keep)
-            return y, stats, *self._corrections(stats, xp)
+            return y, self.launch(x, y, self.gamma, self.beta, mean, spread, keep), None
         packed = x if plan.direct else self.pack(x, plan.native)
         view, target = self.target(y)
         gamma, beta = (self.gamma, self.beta) if plan.direct_params else self.params()
-        stats, r, d = None, None, None
+        stats, corrections = None, None
         axes, backend = plan.layout.axes, self.backend
         if running is None:
             stats = backend.forward(
@@ -286,7 +286,8 @@ class Call:
             stats = backend.moments(packed, axes, eps=self.eps, center=True)
             if running.clip != BATCH_NORM:
                 mean, std, _ = self._given(running, xp)
-                r, d = self._per_param(*backend.renorm(stats, mean, std, running.clip), xp)
+                corrections = backend.renorm(stats, mean, std, running.clip)
+                r, d = self.per_param(*corrections, xp)
                 gamma, beta = backend.affine(gamma, beta, r, d, plan.arithmetic)
             backend.normalize(packed, axes, stats, gamma, beta, target)
             self._update(running, stats.mean, stats.rstd, None)
@@ -299,17 +300,9 @@ class Call:
             if not fused:
                 assert stats is not None
                 self._update(running, stats.mean, stats.var, update.factor)
-            else:
-                r, d = self._corrections(stats, xp)
         if target is not view:
             view[...] = target
-        return y, stats, r, d
-
-    def _corrections(self, stats: Stats | None, xp: Any) -> tuple[Array | None, Array | None]:
-        """r and d of Batch Renormalization, where `forward` computed them, one a parameter."""
-        if self.running is None or not self.running.clip or stats is None or stats.r is None:
-            return None, None
-        return self._per_param(stats.r, stats.d, xp)
+        return y, stats, corrections
 
     def repeat(self, arguments: dict[str, Any]) -> Repeat | None:
         """What runs calls that differ from this one, of these `arguments`, in their arrays' data.
@@ -362,8 +355,7 @@ class Call:
 
         def vjp(values: tuple[Any, ...]) -> tuple[Array, Pullback]:
             y, stats, found = run(values, True)
-            call = made(found)
-            return y, Pullback(call, stats, *call._corrections(stats, xp))
+            return y, Pullback(functools.partial(made, found), stats)
 
         def made(found: tuple[Any, ...]) -> Call:
             call = Call.__new__(Call)
@@ -453,7 +445,7 @@ class Call:
             )
         return mean, spread, None if running.clip else self.eps
 
-    def _per_param(self, r: Array, d: Array, xp: Any) -> tuple[Array, Array]:
+    def per_param(self, r: Array, d: Array, xp: Any) -> tuple[Array, Array]:
         """r and d of Batch Renormalization, constants for the gradient, one a parameter."""
         layout = self.plan.layout
         if layout.axes.params == layout.axes.groups:  # which are in one order
@@ -462,6 +454,18 @@ class Call:
             layout.pack_param(layout.unpack_groups(r), xp),
             layout.pack_param(layout.unpack_groups(d), xp),
         )
+
+    def grad(self, grad: Array, param: Array | None) -> Array | None:
+        """The gradient of a parameter, shaped and typed like it."""
+        if param is None:
+            return None
+        plan = self.plan
+        if plan.direct_params and grad.dtype == param.dtype:
+            return grad
+        with _quiet():
+            if not plan.direct_params:
+                grad = plan.layout.unpack_param(grad)
+            return grad.astype(param.dtype.newbyteorder("="), copy=False)
 
     def _update(self, running: Running, mean: Array, spread: Array, factor: float | None) -> None:
         layout = self.plan.layout
@@ -479,8 +483,13 @@ class Pullback:
     It keeps x and gamma by reference and the statistics by value.
     """
 
-    def __init__(self, call: Call, stats: Stats | None, r: Array | None, d: Array | None) -> None:
-        self._call, self._stats, self._r, self._d = call, stats, r, d
+    def __init__(
+        self,
+        call: Callable[[], Call],
+        stats: Stats | None,
+        corrections: tuple[Array, Array] | None = None,
+    ) -> None:
+        self._call, self._stats, self._corrections = call, stats, corrections
 
     def __call__(self, dy: Array) -> Grads:
         """Gradients for the gradient `dy` of y.
@@ -496,14 +505,16 @@ class Pullback:
             ``(x, gamma, beta)`` in the dtypes of x, gamma and beta, x's laid out like x; None for
             a parameter that was not given.
         """
-        call, stats = self._call, self._stats
-        x, plan = call.x, call.plan
+        return self._gradients(self._call(), dy)
+
+    def _gradients(self, call: Call, dy: Array) -> Grads:
+        stats, x, plan = self._stats, call.x, call.plan
         xp = np
         if type(x) is not np.ndarray:
             xp, elsewhere = namespace(x), call.backend.elsewhere(x)
             if elsewhere is not None:
                 with elsewhere:
-                    return self(dy)
+                    return self._gradients(call, dy)
         try:
             dy = _like("dy", dy, x)
             _arithmetic("dy", dy.dtype)
@@ -523,10 +534,13 @@ class Pullback:
         dtype = plan.native if dy.dtype == plan.native else plan.arithmetic
         view, target = call.target(dx)
         gamma, _ = call.params()
-        wanted = plan.wanted
-        if self._r is not None and self._d is not None:
+        wanted, r, d = plan.wanted, None, None
+        if call.running is not None and call.running.clip:
+            r, d = self._corrections or (stats.r, stats.d)
+        if r is not None and d is not None:
+            r, d = call.per_param(r, d, xp)
             with _quiet():
-                gamma, _ = call.backend.affine(gamma, None, self._r, self._d, plan.arithmetic)
+                gamma, _ = call.backend.affine(gamma, None, r, d, plan.arithmetic)
             wanted = wanted and (np.dtype(np.float64),) * 2
         sums = call.backend.gradients(
             call.pack(dy, dtype),
@@ -544,21 +558,10 @@ class Pullback:
         if sums is None:
             return _grads(dx, None, None)
         dgamma, dbeta = sums
-        if self._r is not None:
+        if r is not None:
             with _quiet():
-                dgamma = self._r * dgamma + self._d * dbeta
-        return _grads(dx, self._grad(dgamma, call.gamma), self._grad(dbeta, call.beta))
-
-    def _grad(self, grad: Array, param: Array | None) -> Array | None:
-        if param is None:
-            return None
-        plan = self._call.plan
-        if plan.direct_params and grad.dtype == param.dtype:
-            return grad
-        with _quiet():
-            if not plan.direct_params:
-                grad = plan.layout.unpack_param(grad)
-            return grad.astype(param.dtype.newbyteorder("="), copy=False)
+                dgamma = r * dgamma + d * dbeta
+        return _grads(dx, call.grad(dgamma, call.gamma), call.grad(dbeta, call.beta))
 
 
 def _grads(dx: Array, dgamma: Array | None, dbeta: Array | None) -> Grads:

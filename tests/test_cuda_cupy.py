@@ -135,7 +135,7 @@ def everything(
     y, pullback = nk.vjp(norm, **of_vjp)
     found = {"y": norm(**here), "y of vjp": y}
     if call == "renorm":  # whose gradients CuPy multiplies by r and d, by a kernel of its own
-        found |= {"r": pullback._r, "d": pullback._d}
+        found |= {"r": pullback._stats.r, "d": pullback._stats.d}
     else:
         found |= pullback(y)._asdict()
     assert "out" not in here or found["y"] is here["out"]

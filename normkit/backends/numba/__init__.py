@@ -192,7 +192,7 @@ class Numba(Backend):
 
     def moments(self, x: Array, axes: Axes, *, eps: float, center: bool) -> Stats:
         work = _work(axes, x.dtype)
-        stats = self._stats(work)
+        stats = self._stats(work, var=True)
         if work.by_parts(self._pool):
             self._by_parts(work, x, stats, _running(None, eps), eps, center)
         else:
@@ -222,11 +222,11 @@ class Numba(Backend):
     ) -> Stats:
         work = _work(axes, x.dtype)
         if work.by_parts(self._pool):
-            stats = self._stats(work, _corrects(update))
+            stats = self._stats(work, _corrects(update), var=True)
             self._by_parts(work, x, stats, _running(update, eps), eps, center)
             self._apply(work, x, gamma, beta, y, stats)
             return stats
-        stats = self._stats(work, _corrects(update)) if keep else _NONE
+        stats = self._stats(work, _corrects(update), var=True) if keep else _NONE
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
             x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
@@ -294,14 +294,14 @@ class Numba(Backend):
         return launch
 
     @staticmethod
-    def _stats(work: Work, corrects: bool = False) -> Stats:
+    def _stats(work: Work, corrects: bool = False, var: bool = False) -> Stats:
         empty, groups = np.empty, work.axes.groups
         residual = r = d = None
         if work.real == np.float64:  # else the mean needs none
             residual = empty(groups)
         if corrects:
             r, d = empty(groups), empty(groups)
-        return Stats(empty(groups), empty(groups), empty(groups), residual, r, d)
+        return Stats(empty(groups), empty(groups), empty(groups) if var else None, residual, r, d)
 
     def _apply(
         self,

@@ -18,7 +18,7 @@ import numpy as np
 
 #: elements of work from which on threads pay, by threading layer: a region costs about 2 us under
 #: OpenMP and TBB, 85 us under workqueue
-_PAYS = {"omp": 1 << 16, "tbb": 1 << 16, "workqueue": 1 << 20}
+_PAYS = {"omp": 1 << 15, "tbb": 1 << 15, "workqueue": 1 << 20}
 
 
 class Pool:
