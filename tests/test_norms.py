@@ -442,6 +442,27 @@ def test_a_sample_has_the_same_bits_alone(case: Case, dtype: str, backend: str, 
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_short_rows(norm: str, dtype: str, backend: str, xp: Any) -> None:
+    """Of which kernels may take several at once: as many as there are, or fewer."""
+    rng, run = np.random.default_rng(0), NORMS[norm]
+    for size, count in itertools.product((1, 2, 3, 7, 8, 9, 16, 23, 31, 33), (1, 5, 8, 9, 270)):
+        x = rng.normal(1, 2, (count, size)).astype(dtype)
+        x[1::7], x[3::7, 0], x[4::7] = 300, np.inf, np.nan
+        x, gamma = xp.asarray(x), xp.asarray(rng.normal(size=size).astype(dtype))
+        y = run(x, gamma)
+        with nk.use_backend("reference"):
+            want = run(numpy(x).astype("float64"), numpy(gamma).astype("float64"))
+        got = numpy(y).astype("float64")
+        assert (np.isnan(got) == np.isnan(want)).all(), (size, count)
+        off = np.nanmax(abs(got - want), initial=0)
+        assert off <= 8 * finfo(dtype).eps * (1 + np.nanmax(abs(want), initial=0)), (size, count)
+        for i in {0, count // 2, count - 1}:
+            assert same_bits(run(x[i : i + 1], gamma), y[i : i + 1]), (size, count, i)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 40), (3, 40, 99)], ids=str)
 def test_a_sample_is_inferred_alone_as_in_a_batch(
     shape: tuple[int, ...], dtype: str, backend: str, xp: Any

@@ -84,6 +84,7 @@ _STORED = {
 DTYPES = tuple(_STORED)
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  #: bytes of a cache line
+_FEW = 8  #: elements of rows that are summed as many at a time
 
 
 def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
@@ -226,6 +227,7 @@ def _zeros(*form: Any) -> Any:
 lanes = _zeros(True)
 lanes_in_order = _zeros(False)  #: for tables of float32 or float64 beside the elements
 lanes_of_sums = _zeros(False, 16)  #: as many as registers hold in float64, with their sums
+lanes_of_few = _zeros(False, _FEW)  #: for rows that have no more
 
 
 @intrinsic
@@ -392,6 +394,28 @@ def _masked(builder: Any, name: str, vector: Any, args: list[Any]) -> Any:
     kind = ir.FunctionType(result, [arg.type for arg in args])
     name = f"llvm.masked.{name}.{suffix}.p0"
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+@intrinsic
+def transposed(typing: Any, rows: Any) -> Any:
+    """A tuple of lanes, as many as each has, with rows and columns exchanged."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = [builder.extract_value(args[0], i) for i in range(rows.count)]
+        places = range(rows.count)
+        step = rows.count // 2
+        while step:  # in squares of twice the step, exchange the two corners off the diagonal
+            upper = _words([i + rows.count - step if i & step else i for i in places])
+            lower = _words([i + rows.count if i & step else i + step for i in places])
+            for i in places:
+                if not i & step:
+                    a, b = vectors[i], vectors[i + step]
+                    vectors[i] = builder.shuffle_vector(a, b, upper)
+                    vectors[i + step] = builder.shuffle_vector(a, b, lower)
+            step //= 2
+        return cgutils.pack_array(builder, vectors)
+
+    return rows(rows), generate
 
 
 @intrinsic
@@ -764,6 +788,7 @@ AHEAD = 2  #: rows of columns that they are fetched ahead
 LEAD_ROWS = 16  #: the same where they are summed
 STRIP = 64  #: columns that are summed, of a few rows at once, before others are asked for
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
+SHORT_ROW = 32  #: shorter ones are summed eight at a time
 SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 SLAB = 256  #: columns that one task of the columns family sums side by side
 WINDOW = 1024  #: columns that it gives results of: long pieces of rows are what memory likes
@@ -1124,9 +1149,52 @@ def _sums(x, first, last, shift, before, after):
     return _sum_lines(lanes(x, 0.0), _powers, first, last, 0, x, shift, before, after)
 
 
+@elementwise
+def _add_squares(s, q, *values):
+    for value in values:
+        d = widened(value)
+        s, q = s + d, q + d * d
+    return s, q
+
+
+@elementwise
+def _add_eight(s, q, like, x, first, size, part, count):
+    """Add to eight rows' sums those of `part` elements each, which are transposed."""
+    none = np.int64(0)
+    a, b, c, d, e, f, g, h = transposed((
+        load_lanes(x, first, part if count > 0 else none, like),
+        load_lanes(x, first + size, part if count > 1 else none, like),
+        load_lanes(x, first + 2 * size, part if count > 2 else none, like),
+        load_lanes(x, first + 3 * size, part if count > 3 else none, like),
+        load_lanes(x, first + 4 * size, part if count > 4 else none, like),
+        load_lanes(x, first + 5 * size, part if count > 5 else none, like),
+        load_lanes(x, first + 6 * size, part if count > 6 else none, like),
+        load_lanes(x, first + 7 * size, part if count > 7 else none, like),
+    ))  # fmt: skip
+    return _add_squares(s, q, a, b, c, d, e, f, g, h)
+
+
+@elementwise
+def _sums_of_eight(x, first, size, count, sums, to):
+    """`_sums` of `count` of eight short rows."""
+    like, s = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
+    q = s
+    for j in range(0, size, 8):
+        s, q = _add_eight(s, q, like, x, first + j, size, min(size - j, 8), count)
+    store_lanes(sums, to, None, s)
+    store_lanes(sums, SLAB + to, None, q)
+
+
 @plain
 def _sums_of_rows(x, first, size, count, shift, sums):
     """`_sums` of stretches of `size` elements, side by side."""
+    if size < SHORT_ROW and not is_float64(x):
+        for i in range(0, count // 8 * 8, 8):
+            _sums_of_eight(x, first, size, 8, sums, i)
+            first += 8 * size
+        if count % 8:
+            _sums_of_eight(x, first, size, count % 8, sums, count // 8 * 8)
+        return
     for i in range(count):
         about = load(shift, i) if is_float64(x) else 0.0
         s, q = _sums(x, first, first + size, about, 1.0, 1.0)
@@ -1527,12 +1595,16 @@ def _apply_each(
     """y of `count` stretches of `size` elements, by the `_formulas` of every `step`-th group."""
     high, scale, shift = table
     index, hop, one = first % params, stride % params, real(x, 1.0)
-    like = lanes(x, one)
+    like, few, part = lanes(x, one), lanes_of_few(x, one), (np.int64(0), size)
     if streams:
         ahead = _to_rest(size, y)
     for _ in range(count):
-        run = first, first + size, ahead, streams, 0, None, x, gamma, beta, index - first
-        _store_lines(y, _y_of, like, *run, one, load(high, i), load(scale, i), load(shift, i))
+        what = 0, None, x, gamma, beta, index - first
+        form = one, load(high, i), load(scale, i), load(shift, i)
+        if size <= _FEW:
+            store_lanes(y, first, part, _y_of(first, part, few, *what, *form))
+        else:
+            _store_lines(y, _y_of, like, first, first + size, ahead, streams, *what, *form)
         first += stride
         i += step
         index += hop
