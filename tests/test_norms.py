@@ -445,7 +445,7 @@ def test_a_sample_has_the_same_bits_alone(case: Case, dtype: str, backend: str, 
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_short_rows(norm: str, dtype: str, backend: str, xp: Any) -> None:
     """Of which kernels may take several at once: as many as there are, or fewer."""
-    rng, run = np.random.default_rng(0), NORMS[norm]
+    rng, run, eps = np.random.default_rng(0), NORMS[norm], finfo(dtype).eps
     for size, count in itertools.product((1, 2, 3, 7, 8, 9, 16, 23, 31, 33), (1, 5, 8, 9, 270)):
         x = rng.normal(1, 2, (count, size)).astype(dtype)
         x[1::7], x[3::7, 0], x[4::7] = 300, np.inf, np.nan
@@ -456,9 +456,20 @@ def test_short_rows(norm: str, dtype: str, backend: str, xp: Any) -> None:
         got = numpy(y).astype("float64")
         assert (np.isnan(got) == np.isnan(want)).all(), (size, count)
         off = np.nanmax(abs(got - want), initial=0)
-        assert off <= 8 * finfo(dtype).eps * (1 + np.nanmax(abs(want), initial=0)), (size, count)
+        assert off <= 8 * eps * (1 + np.nanmax(abs(want), initial=0)), (size, count)
+        dy, x = (xp.asarray(rng.normal(1, 2, (count, size)).astype(dtype)) for _ in range(2))
+        grads = nk.vjp(run, x, gamma, eps=1.0)[1](dy)  # else few elements may have a huge rstd
+        with nk.use_backend("reference"):
+            wide = [numpy(a).astype("float64") for a in (x, gamma, dy)]
+            wants = nk.vjp(run, *wide[:2], eps=1.0)[1](wide[2])
+        for grad, want in zip(grads[:2], wants, strict=False):
+            off = abs(numpy(grad).astype("float64") - want).max()
+            assert off <= 16 * eps * (1 + abs(want).max()), (size, count)
         for i in {0, count // 2, count - 1}:
-            assert same_bits(run(x[i : i + 1], gamma), y[i : i + 1]), (size, count, i)
+            some = slice(i, i + 1)
+            assert same_bits(run(x[some], gamma), run(x, gamma)[some]), (size, count, i)
+            alone = nk.vjp(run, x[some], gamma, eps=1.0)[1](dy[some])
+            assert same_bits(alone.x, grads.x[some]), (size, count, i)
 
 
 @kernels

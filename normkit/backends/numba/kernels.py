@@ -84,7 +84,7 @@ _STORED = {
 DTYPES = tuple(_STORED)
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  #: bytes of a cache line
-_FEW = 8  #: elements of rows that are summed as many at a time
+_FEW = 8  #: elements of rows that are taken as many at a time
 
 
 def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
@@ -1150,18 +1150,10 @@ def _sums(x, first, last, shift, before, after):
 
 
 @elementwise
-def _add_squares(s, q, *values):
-    for value in values:
-        d = widened(value)
-        s, q = s + d, q + d * d
-    return s, q
-
-
-@elementwise
-def _add_eight(s, q, like, x, first, size, part, count):
-    """Add to eight rows' sums those of `part` elements each, which are transposed."""
+def _columns_of_eight(like, x, first, size, part, count):
+    """The first `part` elements of `count` of eight rows, as eight columns."""
     none = np.int64(0)
-    a, b, c, d, e, f, g, h = transposed((
+    return transposed((
         load_lanes(x, first, part if count > 0 else none, like),
         load_lanes(x, first + size, part if count > 1 else none, like),
         load_lanes(x, first + 2 * size, part if count > 2 else none, like),
@@ -1171,7 +1163,6 @@ def _add_eight(s, q, like, x, first, size, part, count):
         load_lanes(x, first + 6 * size, part if count > 6 else none, like),
         load_lanes(x, first + 7 * size, part if count > 7 else none, like),
     ))  # fmt: skip
-    return _add_squares(s, q, a, b, c, d, e, f, g, h)
 
 
 @elementwise
@@ -1180,7 +1171,9 @@ def _sums_of_eight(x, first, size, count, sums, to):
     like, s = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
     q = s
     for j in range(0, size, 8):
-        s, q = _add_eight(s, q, like, x, first + j, size, min(size - j, 8), count)
+        for column in _columns_of_eight(like, x, first + j, size, min(size - j, 8), count):
+            d = widened(column)
+            s, q = s + d, q + d * d
     store_lanes(sums, to, None, s)
     store_lanes(sums, SLAB + to, None, q)
 
@@ -1829,6 +1822,21 @@ def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
 
 
 @elementwise
+def _grad_sums_of_eight(dy, x, gamma, first, size, count, about, sums, to):
+    """`_grad_sums` of `count` of eight rows of few elements, x being less `about`."""
+    like, s = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
+    p, mean = s, load_lanes(about, to, None, s)
+    weights = _columns_of_eight(like, gamma, 0, np.int64(0), size, 8)
+    x_columns = _columns_of_eight(like, x, first, size, size, count)
+    dy_columns = _columns_of_eight(like, dy, first, size, size, count)
+    for k in range(_FEW):
+        g = widened(dy_columns[k]) * widened(weights[k])
+        s, p = s + g, p + g * (widened(x_columns[k]) - mean)
+    store_lanes(sums, to, None, s)
+    store_lanes(sums, SLAB + to, None, p)
+
+
+@elementwise
 def _dx_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, slope, shift):
     """dx: a line in x plus scale*dy, all of it divided by the factor, if there is one, to stay in
     range; with gamma, a number or parameters of which `to` + i is the first, dy is first multiplied
@@ -2009,6 +2017,20 @@ def grads_space(chunk):
     return (chunk + 2 * _LINE - 1) // _LINE * _LINE
 
 
+@plain
+def _grad_sums_of_rows(call, gamma, row, count, about, sums):
+    """`_grad_sums` of at most ROW_BLOCK rows of few elements, whose parameters are `gamma`."""
+    size = call.axes[3]
+    _fill(about, 0, ROW_BLOCK, 0.0)
+    for i in range(count):
+        mean, residual, rstd = _saved(call, row + i)
+        _, high, low, _ = _centre(call.x, mean, residual, rstd)
+        store(about, i, high + low)
+    for i in range(0, count, 8):
+        first = (row + i) * size
+        _grad_sums_of_eight(call.dy, call.x, gamma, first, size, count - i, about, sums, i)
+
+
 def rows_backward_params(pointer, first, last):
     """A task is a chunk of the parameters in a block of `rows` rows: dx, and the block's share of
     dgamma and dbeta, by way of `grads`, which has a line to spare. Rows of several chunks were
@@ -2022,6 +2044,8 @@ def rows_backward_params(pointer, first, last):
     chunk = params if params <= ROW_MOST else CHUNK
     chunks, space = (params + chunk - 1) // chunk, grads_space(chunk)
     grads = moved(call.grads, per_line(call.grads) - past_line(call.grads, 0))
+    about, of_rows = scratch(0.0, ROW_BLOCK), scratch(0.0, PAIR)
+    few = r1 == params and r1 <= _FEW and not is_float64(x)
     for task in range(first, last):
         block, skipped = task // chunks, task % chunks * chunk
         gamma = moved(every_gamma, skipped)
@@ -2034,6 +2058,8 @@ def rows_backward_params(pointer, first, last):
         for begin in range(block * call.rows, end, ROW_BLOCK):
             _fill(dgamma, 0, count + per_line(x), zero)
             _fill(dbeta, 0, count + per_line(x), zero)
+            if few:
+                _grad_sums_of_rows(call, gamma, begin, min(ROW_BLOCK, end - begin), about, of_rows)
             for row in range(begin, min(begin + ROW_BLOCK, end)):
                 mean, residual, rstd = _saved(call, row)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
@@ -2041,6 +2067,9 @@ def rows_backward_params(pointer, first, last):
                 at, stop, index, s, p = origin, origin + size, start, 0.0, 0.0
                 if given(call.partial):
                     s, p = _sums_of_parts(call, row)
+                    at = stop
+                elif few:
+                    s, p = load(of_rows, row - begin), load(of_rows, SLAB + row - begin)
                     at = stop
                 while at < stop and not call.frozen:
                     last_of_piece, to = min(stop, at + min(CHUNK, params - index)), index - at
@@ -2058,18 +2087,24 @@ def rows_backward_params(pointer, first, last):
                 at = origin
                 while at < stop:
                     last_of_run = min(stop, at + count - start)
-                    run = at, last_of_run, 0, False, at - start, dy, x, gamma
+                    run, what = (at, last_of_run, 0, False), (at - start, dy, x, gamma)
+                    one, form = np.float32(1.0), (factor, high, scaled, slope, shift, lift)
+                    narrow = (
+                        one, np.float32(high), np.float32(scaled), np.float32(slope),
+                        np.float32(shift), np.float32(lift),
+                    )  # fmt: skip
                     if wide:
                         _store_lines(
-                            dx, _dx_and_params_of, lanes(x, 0.0), *run, factor, high, scaled, slope,
-                            shift, lift, dgamma, dbeta,
-                        )  # fmt: skip
+                            dx, _dx_and_params_of, lanes(x, 0.0), *run, *what, *form, dgamma, dbeta
+                        )
+                    elif few:
+                        like, part = lanes_of_few(x, one), (np.int64(0), size)
+                        made = _dx_and_params_of(at, part, like, *what, *narrow, dgamma, dbeta)
+                        store_lanes(dx, at, part, made)
                     else:
-                        one = np.float32(1.0)
                         _store_lines(
-                            dx, _dx_and_params_of, lanes(x, one), *run, one, np.float32(high),
-                            np.float32(scaled), np.float32(slope), np.float32(shift),
-                            np.float32(lift), dgamma, dbeta,
+                            dx, _dx_and_params_of, lanes(x, one), *run, *what, *narrow, dgamma,
+                            dbeta,
                         )  # fmt: skip
                     start += last_of_run - at
                     if start == count:
