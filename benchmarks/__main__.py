@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
         "--rounds", type=int, help="of everyone in turns, in each pass (7; quick: 3)"
     )
     parser.add_argument(
-        "--passes", type=int, default=1, help="over all rows: minutes apart, in other memory (1)"
+        "--passes", type=int, default=1, help="over all rows, each in other memory (1)"
     )
     parser.add_argument("--peers", help="only these, comma-separated; an empty word for none")
     parser.add_argument("--threads", type=int, default=processors(), help="of everyone (all)")
@@ -51,6 +51,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 2:
         parser.error(f"--rounds {options.rounds}: a spread takes at least 2")
+    if options.passes < 1:
+        parser.error(f"--passes {options.passes}: nothing would be timed")
     return options
 
 

@@ -17,7 +17,7 @@ from benchmarks import report
 from benchmarks.cases import Case
 from benchmarks.peers import PEERS, Make
 from benchmarks.report import Results
-from benchmarks.timing import Device, Times, time_row
+from benchmarks.timing import Device, Pass, row_of, time_row
 
 #: bytes an element that a check needs at most: the reference's, in the widest type
 NEEDED = 160
@@ -63,36 +63,32 @@ def run(
 ) -> None:
     """Time every case into `results`, replacing earlier rows, saved to a prefix.
 
-    Every pass is over the whole table: minutes apart, and in other places of memory.
+    Every pass is over the whole table: its samples are of other minutes and places of memory.
     """
+    results |= {"rounds": rounds, "passes": passes}
     rows = {row["case"]: row for row in results["rows"]}
-    taken: dict[str, list[Times]] = {}
-    turns = [(turn, case) for turn in range(passes) for case in table]
+    taken: dict[str, list[Pass]] = {}
+    turns = [case for case in table if _fits(case, device, results)] * passes
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     progress = Progress(*columns, TimeRemainingColumn(), console=report.console(), transient=True)
     with progress:
         task = progress.add_task("", total=len(turns))
-        for done, (turn, case) in enumerate(turns):
+        for done, case in enumerate(turns):
             if time_is_up():
                 who = ", ".join(makers)
                 rest = f"{len(turns) - done} rows from {case.name} on, beside {who}"
                 results["skipped"].append(f"{rest}: no time left")
                 break
             progress.update(task, description=case.name, completed=done)
-            if reason := _too_large(case, device):
-                if turn == 0:
-                    results["skipped"].append(f"{case.name}: {reason}")
-                continue
-            before = taken.setdefault(case.name, [])
             try:
-                row, times = time_row(case, device, makers, rounds, before)
+                found = time_row(case, device, makers, rounds)
             except Exception as error:  # the next row may do better; this one is reported
                 results["failed"].append(f"{case.name}: {type(error).__name__}: {error}")
                 continue
             finally:
                 device.release()
-            before.append(times)
-            rows[case.name] = row
+            taken.setdefault(case.name, []).append(found)
+            rows[case.name] = row = row_of(case, makers, taken[case.name])
             results["rows"][:] = rows.values()
             if not progress.console.is_terminal:
                 print(f"{done + 1}/{len(turns)} {report.line(row)}", file=sys.stderr, flush=True)
@@ -118,9 +114,11 @@ def conclude(results: Results, prefix: Path | None, compare: Path | None = None)
     return int(bool(results["failed"]))
 
 
-def _too_large(case: Case, device: Device) -> str:
-    if device.name != "cpu":
-        return ""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _fits(case: Case, device: Device, results: Results) -> bool:
+    """Whether there is memory for a case; if not, that is noted."""
     needed = NEEDED * case.elements
-    return f"needs {needed >> 30} GB of memory" if needed > memory else ""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = device.name != "cpu" or needed <= memory
+    if not fits:
+        results["skipped"].append(f"{case.name}: needs {needed >> 30} GB of memory")
+    return fits

@@ -218,7 +218,9 @@ def markdown(results: Results) -> str:
         page.write(f"{title}\n")
         out.print(made)
         page.write("\n")
-    lines = [*(f"{who}: {what}" for who, what in results["versions"].items())]
+    lines = [f"{who}: {what}" for who, what in results["versions"].items()]
+    if "passes" in results:
+        lines.append(f"samples of a row: {results['passes']} passes of {results['rounds']} rounds")
     lines += [*first_use(results), *results.get("checks", [])]
     lines += [f"failed: {what}" for what in results["failed"]]
     lines += [f"not timed: {what}" for what in absences(results)]

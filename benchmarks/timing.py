@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from itertools import repeat
 from pathlib import Path
@@ -136,6 +136,14 @@ class Checked(NamedTuple):
     absent: dict[str, str]
 
 
+class Pass(NamedTuple):
+    """What one pass found of a case."""
+
+    times: Times
+    errors: dict[str, float]
+    absent: dict[str, str]
+
+
 def check(case: Case, given: dict[str, Array], peers: dict[str, Make]) -> Checked:
     """The first call of normkit and its peers, whose results are held against the reference's."""
     exact = reference(case, given)
@@ -164,16 +172,22 @@ def check(case: Case, given: dict[str, Array], peers: dict[str, Make]) -> Checke
     return found
 
 
-def time_row(
-    case: Case, device: Device, peers: dict[str, Make], rounds: int, before: Sequence[Times] = ()
-) -> tuple[Row, Times]:
-    """A row of the results, samples of passes before included, and this pass's samples."""
+def time_row(case: Case, device: Device, peers: dict[str, Make], rounds: int) -> Pass:
+    """Samples and error of all who can do the case."""
     checked = check(case, inputs(case, device.xp), peers)
-    taken = in_turns(checked.runs | device.copies(case.bytes), device, rounds)
-    passes = [*before, taken]
-    times = pooled(passes)
-    beside = pooled([{who: ratios(one, who) for who in peers if who in one} for one in passes])
-    row = {
+    times = in_turns(checked.runs | device.copies(case.bytes), device, rounds)
+    return Pass(times, checked.errors, checked.absent)
+
+
+def row_of(case: Case, peers: Collection[str], passes: Sequence[Pass]) -> Row:
+    """Microseconds, spread and error of all who were timed, and the peers' times over normkit's."""
+    times = pooled([one.times for one in passes])
+    beside = pooled(
+        [{who: ratios(one.times, who) for who in peers if who in one.times} for one in passes]
+    )
+    errors = pooled([{who: [error] for who, error in one.errors.items()} for one in passes])
+    absent = {who: why for one in passes for who, why in one.absent.items() if who not in times}
+    return {
         "case": case.name,
         "where": case.where,
         **{key: getattr(case, key) for key in ("norm", "direction", "dtype", "layout", "shape")},
@@ -183,10 +197,9 @@ def time_row(
         "spread": {who: round(spread(samples), 4) for who, samples in times.items()},
         "ratio": {who: round(statistics.median(found), 4) for who, found in beside.items()},
         "ratio spread": {who: round(spread(found), 4) for who, found in beside.items()},
-        "error": checked.errors,
-        "absent": checked.absent,
+        "error": {who: max(found) for who, found in errors.items()},
+        "absent": absent,
     }
-    return row, taken
 
 
 def in_turns(runs: dict[str, Run], device: Device, rounds: int) -> Times:
@@ -201,7 +214,7 @@ def in_turns(runs: dict[str, Run], device: Device, rounds: int) -> Times:
 
 
 def pooled(passes: Sequence[Times]) -> Times:
-    """Everyone's samples of all passes."""
+    """Everyone's numbers of all passes."""
     everyone = dict.fromkeys(who for one in passes for who in one)
     return {who: [sample for one in passes for sample in one.get(who, ())] for who in everyone}
 

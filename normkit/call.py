@@ -536,7 +536,7 @@ class Pullback:
         gamma, _ = call.params()
         wanted, r, d = plan.wanted, None, None
         if call.running is not None and call.running.clip:
-            r, d = self._corrections or (stats.r, stats.d)
+            r, d = (stats.r, stats.d) if self._corrections is None else self._corrections
         if r is not None and d is not None:
             r, d = call.per_param(r, d, xp)
             with _quiet():

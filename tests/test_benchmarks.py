@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="benchmarks need rich: nothing of them was te
 from benchmarks import harness, report
 from benchmarks.cases import DIRECTIONS, EVERY, NORMS, Case, cases, function, inputs, select
 from benchmarks.peers import PEERS, Contestant, Peer, Unsupported
-from benchmarks.timing import LONG, OUT, TOLERANCE, Cpu, check, ratios, time_row
+from benchmarks.timing import LONG, OUT, TOLERANCE, Cpu, check, ratios, row_of, time_row
 
 FULL = os.environ.get("NORMKIT_FULL") == "1"
 SLOW = "torch.compile"  # seconds a case: NORMKIT_FULL=1
@@ -167,7 +167,7 @@ def test_a_wrong_or_failing_or_lacking_peer_is_not_timed() -> None:
         raise Unsupported("no such operator")
 
     contestants = {f.__name__: f for f in (wrong, misshapen, failing, lacking)}
-    row, _ = time_row(case, Still(), contestants, 2)
+    row = row_of(case, contestants, [time_row(case, Still(), contestants, 2)])
     assert set(row["us"]) == {"normkit", OUT, "copy", "copy, 1 thread"}
     assert row["absent"] == {
         "wrong": row["absent"]["wrong"],
@@ -183,6 +183,16 @@ def test_ratios_are_of_the_same_round() -> None:
     slowing = {"normkit": [1.0, 2.0, 4.0], "slower": [1.5, 3.0, 6.0], "long": [9.0]}
     assert ratios(slowing, "slower") == [1.5] * 3  # though its times overlap with normkit's
     assert ratios(slowing, "long") == [9.0]
+
+
+class Counting(Still):
+    """A device on which every sample takes a microsecond longer."""
+
+    calls = 0
+
+    def microseconds(self, run: Any) -> float:
+        self.calls += 1
+        return float(self.calls)
 
 
 class Scripted(Still):
@@ -203,16 +213,21 @@ def test_samples_of_passes_are_pooled_and_few_are_taken_of_long_calls() -> None:
 
         return make
 
-    row, first = time_row(case, Scripted(), {"peer": peer(1.1, 1.2)}, 4)
-    assert (row["ratio"]["peer"], first["peer"]) == (pytest.approx(1.15), [1.1, 1.2, 1.1, 1.2])
-    row, second = time_row(case, Scripted(), {"peer": peer(0.9)}, 5, [first])
-    assert (row["ratio"]["peer"], second["peer"]) == (0.9, [0.9] * 5)
-    assert row["spread"] == {who: 0.1111 if who == "peer" else 0 for who in first}
-    row, _ = time_row(case, Scripted(), {"peer": peer(9), "late": peer(3)}, 2, [first])
-    assert row["ratio"] == {"peer": 1.2, "late": 3}  # which was absent, or wrong, in the first pass
+    first = time_row(case, Scripted(), {"peer": peer(1.1, 1.2)}, 4)
+    second = time_row(case, Scripted(), {"peer": peer(0.9), "late": peer(3)}, 5)
+    assert (first.times["peer"], second.times["peer"]) == ([1.1, 1.2, 1.1, 1.2], [0.9] * 5)
+    row = row_of(case, ["peer", "late"], [first, second])
+    assert row["ratio"] == {"peer": 0.9, "late": 3}  # which was absent, or wrong, in the first pass
+    assert row["spread"] == dict.fromkeys(second.times, 0) | {"peer": 0.1111}
+    lost = second._replace(
+        times={"normkit": [1.0], "copy": [1.0]}, errors={}, absent={"peer": "no"}
+    )
+    row = row_of(case, ["peer"], [first, lost])
+    assert (row["ratio"]["peer"], row["absent"]) == (pytest.approx(1.15), {})
+    assert set(row["error"]) >= set(row["ratio"])
     calls.clear()
-    row, _ = time_row(case, Scripted(), {"peer": peer(3 * LONG, LONG, 2 * LONG, 0.1)}, 5)
-    assert row["ratio"]["peer"] == 2 * LONG
+    found = time_row(case, Scripted(), {"peer": peer(3 * LONG, LONG, 2 * LONG, 0.1)}, 5)
+    assert found.times["peer"] == [3 * LONG, LONG, 2 * LONG]
     assert len(calls) == 3 + 1  # and the check
 
 
@@ -228,6 +243,10 @@ def test_a_run_is_written_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixtu
     harness.run(table, Still(), {}, 2, done, tmp_path / "part", 2)  # replaces two rows, adds one
     assert [row["case"] for row in done["rows"]] == [case.name for case in table]
     assert "6/6 layer_norm inference" in capsys.readouterr().err
+    counting = Counting()
+    harness.run(table[:1], counting, {}, 2, done, passes=2)
+    assert counting.calls == 2 * 2 * 4  # of normkit, with out=, and two copies
+    assert done["rows"][0]["us"]["normkit"] == np.median([1, 8, 9, 16])
     assert harness.conclude(done, None) == 0
     assert table[0].name in capsys.readouterr().out
 

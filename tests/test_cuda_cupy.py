@@ -135,6 +135,7 @@ def everything(
     y, pullback = nk.vjp(norm, **of_vjp)
     found = {"y": norm(**here), "y of vjp": y}
     if call == "renorm":  # whose gradients CuPy multiplies by r and d, by a kernel of its own
+        assert pullback._stats.r is not None
         found |= {"r": pullback._stats.r, "d": pullback._stats.d}
     else:
         found |= pullback(y)._asdict()

@@ -23,7 +23,7 @@ class Stats(NamedTuple):
 
     mean: Array
     rstd: Array  #: 1 / sqrt(var + eps)
-    var: Array = None  #: biased variance; a launch need not keep it, nor `given`
+    var: Array = None  #: biased variance, of `moments` and `forward`
     residual: Array | None = None  #: what rounding `mean` left out, where the backend keeps it
     r: Array | None = None  #: of Batch Renormalization, where `forward` computed it, with d
     d: Array | None = None

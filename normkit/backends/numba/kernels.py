@@ -84,7 +84,7 @@ _STORED = {
 DTYPES = tuple(_STORED)
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  #: bytes of a cache line
-_FEW = 8  #: elements of rows that are taken as many at a time
+_FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
 
 
 def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
@@ -227,7 +227,7 @@ def _zeros(*form: Any) -> Any:
 lanes = _zeros(True)
 lanes_in_order = _zeros(False)  #: for tables of float32 or float64 beside the elements
 lanes_of_sums = _zeros(False, 16)  #: as many as registers hold in float64, with their sums
-lanes_of_few = _zeros(False, _FEW)  #: for rows that have no more
+lanes_of_few = _zeros(False, _FEW)
 
 
 @intrinsic
@@ -788,7 +788,8 @@ AHEAD = 2  #: rows of columns that they are fetched ahead
 LEAD_ROWS = 16  #: the same where they are summed
 STRIP = 64  #: columns that are summed, of a few rows at once, before others are asked for
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
-SHORT_ROW = 32  #: shorter ones are summed eight at a time
+#: elements of rows below which eight are summed at a time: only of few, if loading parts is slow
+SHORT_ROW = 32 if _has_masks(ir.IntType(16)) else _FEW + 1
 SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
 SLAB = 256  #: columns that one task of the columns family sums side by side
 WINDOW = 1024  #: columns that it gives results of: long pieces of rows are what memory likes
@@ -1151,17 +1152,17 @@ def _sums(x, first, last, shift, before, after):
 
 @elementwise
 def _columns_of_eight(like, x, first, size, part, count):
-    """The first `part` elements of `count` of eight rows, as eight columns."""
-    none = np.int64(0)
+    """The first `part` elements of eight rows, the last of `count` in place of more, as columns."""
+    last = count - 1
     return transposed((
-        load_lanes(x, first, part if count > 0 else none, like),
-        load_lanes(x, first + size, part if count > 1 else none, like),
-        load_lanes(x, first + 2 * size, part if count > 2 else none, like),
-        load_lanes(x, first + 3 * size, part if count > 3 else none, like),
-        load_lanes(x, first + 4 * size, part if count > 4 else none, like),
-        load_lanes(x, first + 5 * size, part if count > 5 else none, like),
-        load_lanes(x, first + 6 * size, part if count > 6 else none, like),
-        load_lanes(x, first + 7 * size, part if count > 7 else none, like),
+        load_lanes(x, first, part, like),
+        load_lanes(x, first + min(1, last) * size, part, like),
+        load_lanes(x, first + min(2, last) * size, part, like),
+        load_lanes(x, first + min(3, last) * size, part, like),
+        load_lanes(x, first + min(4, last) * size, part, like),
+        load_lanes(x, first + min(5, last) * size, part, like),
+        load_lanes(x, first + min(6, last) * size, part, like),
+        load_lanes(x, first + min(7, last) * size, part, like),
     ))  # fmt: skip
 
 
@@ -1182,11 +1183,8 @@ def _sums_of_eight(x, first, size, count, sums, to):
 def _sums_of_rows(x, first, size, count, shift, sums):
     """`_sums` of stretches of `size` elements, side by side."""
     if size < SHORT_ROW and not is_float64(x):
-        for i in range(0, count // 8 * 8, 8):
-            _sums_of_eight(x, first, size, 8, sums, i)
-            first += 8 * size
-        if count % 8:
-            _sums_of_eight(x, first, size, count % 8, sums, count // 8 * 8)
+        for i in range(0, count, 8):
+            _sums_of_eight(x, first + i * size, size, count - i, sums, i)
         return
     for i in range(count):
         about = load(shift, i) if is_float64(x) else 0.0
@@ -1685,6 +1683,8 @@ def rows_forward(pointer, first, last):
     rounds = 2 if is_float64(x) and call.center else 1
     none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
+    if r1 < SHORT_ROW:
+        block -= block % 8
     if stage == SUMS:
         for task in range(first, last):
             group = task // parts
@@ -1734,6 +1734,8 @@ def rows_forward(pointer, first, last):
                 for i in range(groups):
                     store(shift, i, _shift(call, begin + i, again == 1, mean, i))
                 if r0 == parts == 1 and r1 <= CHUNK:
+                    if stage == ALL and r1 < SHORT_ROW and _far(x, axes):
+                        _fetch(call.y, begin * r1, (begin + groups) * r1)
                     _sums_of_rows(x, begin * r1, r1, groups, shift, sums)
                 else:
                     for i in range(groups):
@@ -2045,7 +2047,7 @@ def rows_backward_params(pointer, first, last):
     chunks, space = (params + chunk - 1) // chunk, grads_space(chunk)
     grads = moved(call.grads, per_line(call.grads) - past_line(call.grads, 0))
     about, of_rows = scratch(0.0, ROW_BLOCK), scratch(0.0, PAIR)
-    few = r1 == params and r1 <= _FEW and not is_float64(x)
+    few = r1 == params and r1 <= _FEW and not (is_float64(x) or call.frozen)
     for task in range(first, last):
         block, skipped = task // chunks, task % chunks * chunk
         gamma = moved(every_gamma, skipped)
