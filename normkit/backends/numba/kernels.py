@@ -13,8 +13,9 @@ the variance is the mean square less the squared mean, which loses to rounding a
 itself where the mean is below 1000 standard deviations. A group whose mean is above, and all
 float64 data, are summed about an element, then about the mean. Where a mean of halves is below 4
 standard deviations, float32 adds up a few hundred products before they enter a sum: the variance
-is off by some 2**-22. Elements are then centred before they are scaled, in their arithmetic type,
-or in float64 where a statistic is extreme.
+is off by some 2**-22. (Short rows, eight of which are summed at a time, are float64's at once.)
+Elements are then centred before they are scaled, in their arithmetic type, or in float64 where a
+statistic is extreme.
 
 Everything compiled stands in this one file: Numba's disk cache sees edits to it, and to no other.
 """
