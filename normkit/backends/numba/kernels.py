@@ -781,6 +781,7 @@ FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 STREAMS = get_host_cpu_name().startswith("znver")  #: whether the processor gains from `_streams`
 STREAMED = 1 << 19  #: cache lines read and written, 32 MiB, of which caches would keep too few
+IN_ORDER = 5 << 17  #: the same, 40 MiB, where x is read once and y written in the order of memory
 #: cache lines of a run that is streamed (half, if they are whole), or whose next is asked for
 SHORTEST = 8
 PARTLY = 96  #: cache lines ahead that those between runs, which are not streamed, are asked for
@@ -981,13 +982,15 @@ def _streams(to, reads, axes):
     are whole lines long or many are stored at once, and in short runs of elements that share one.
     """
     k0, r0, k1, r1, params, span = axes
+    least = STREAMED
     if r0 > 1 and r1 < SHORT:
         whole = _by_column(axes) and (k1 * r1 <= SLAB or k1 * r1 % per_line(to) == 0)
     else:
         run = min(r1, params if span == 1 and params > 1 else span)
         odd = run % per_line(to) != 0 or r1 % per_line(to) != 0
         whole = run >= (SHORTEST if odd else SHORTEST // 2) * per_line(to)
-    many = (reads + 1) * k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
+        least = IN_ORDER if reads == 1 else STREAMED
+    many = (reads + 1) * k0 * r0 * k1 * r1 >= least * per_line(to)
     return STREAMS and many and whole and is_aligned(to)
 
 
