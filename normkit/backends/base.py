@@ -46,7 +46,8 @@ class Update(NamedTuple):
     clip: tuple[float, float] | None = None  #: (r_max, d_max) of Batch Renormalization
 
 
-#: ``launch(x, y, gamma, beta, running_mean, running_spread, keep)``: statistics, with `keep`
+#: ``launch(x, y, gamma, beta, running_mean, running_spread, keep)``: statistics, with `keep`; their
+#: variance may be absent
 Launch = Callable[..., Stats | None]
 
 
