@@ -29,6 +29,8 @@ LARGE: dict[str, Any] = {
     "instance, channels last": (nk.instance_norm, {}, (97, 52, 53), 1),
     "instance, lines of channels": (nk.instance_norm, {}, (96, 52, 53), 1),
     "instance, a line": (nk.instance_norm, {}, (8192, 32), None),
+    "group, runs of a line or two": (nk.group_norm, {"num_groups": 5}, (8325, 7, 7), None),
+    "instance, a line or two": (nk.instance_norm, {}, (8325, 7, 7), None),
     "instance, a few lines": (nk.instance_norm, {}, (4096, 8, 8), None),
 }
 
@@ -91,6 +93,7 @@ def test_large_batches_are_normalised_in_place_as_elsewhere(
         (nk.layer_norm, (6200, 1361)),
         (nk.instance_norm, (5, 3, 600_001)),
         (nk.instance_norm, (128, 161, 17, 25)),
+        (nk.instance_norm, (500, 400, 7, 7)),
         (nk.batch_norm, (90_000, 97)),
         (nk.batch_norm, (90_000, 96)),
         (nk.batch_norm, (70_000, 288)),
@@ -114,7 +117,12 @@ def test_large_results_may_begin_anywhere(
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
 @pytest.mark.parametrize(
     ("shape", "last"),
-    [((31, 65, 7, 7), False), ((9, 401, 3, 3), False), ((2, 1030, 5, 4), True), ((40, 1030), True)],
+    [
+        ((31, 165, 5, 5), False),
+        ((9, 401, 3, 3), False),
+        ((2, 2060, 5, 4), True),
+        ((40, 2060), True),
+    ],
     ids=str,
 )
 def test_rows_of_columns_may_be_wider_than_a_window(

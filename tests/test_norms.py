@@ -477,6 +477,44 @@ def test_short_rows(norm: str, dtype: str, backend: str, xp: Any) -> None:
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("name", ["instance_norm", "group_norm", "batch_norm"])
+def test_runs_of_elements_that_share_a_parameter(
+    name: str, extreme: bool, dtype: str, backend: str, xp: Any
+) -> None:
+    """Of which a line of memory may have parts of two: whole lines, more, or less than one."""
+    rng, norm = np.random.default_rng(0), getattr(nk, name)
+    options: dict[str, Any] = {"num_groups": 2} if name == "group_norm" else {}
+    for run in (1, 8, 15, 16, 17, 33, 49, 64, 100, 196):
+        x, dy = (rng.normal(1, 2, (7, 6, run)).astype(dtype) for _ in range(2))
+        gamma, beta, mean, var = rng.uniform(0.5, 2, (4, 6)).astype("float32")
+        if extreme:  # some are computed in wider arithmetic than their neighbours
+            gamma[2], x[3, 4], x[5, 1] = 1e-35, 0 if name == "batch_norm" else np.nan, 0
+        x, dy, gamma, beta, mean, var = map(xp.asarray, (x, dy, gamma, beta, mean, var))
+        if name == "batch_norm":
+            options = {"training": False, "running_mean": mean, "running_var": var}
+        y, pullback = nk.vjp(norm, x, gamma, beta, eps=1.0, **options)
+        got = y, *pullback(dy)[:3]
+        with nk.use_backend("reference"):
+            wide = {k: numpy(v).astype("float64") for k, v in options.items() if k[0] == "r"}
+            args = (numpy(a).astype("float64") for a in (x, gamma, beta))
+            y_exact, pullback = nk.vjp(norm, *args, eps=1.0, **options | wide)
+            want = y_exact, *pullback(numpy(dy).astype("float64"))[:3]
+        for one, exact in zip(got, want, strict=True):
+            eps, one = finfo(str(one.dtype)).eps, numpy(one).astype("float64")
+            assert (np.isnan(one) == np.isnan(exact)).all(), run
+            off = np.nanmax(abs(one - exact), initial=0)
+            assert off <= 16 * eps * (1 + np.nanmax(abs(exact), initial=0)), run
+        out = x.copy()
+        assert same_bits(norm(out, gamma, beta, eps=1.0, out=out, **options), y), run
+        for i in () if name == "batch_norm" else (0, 3, 6):
+            alone, pullback = nk.vjp(norm, x[i : i + 1], gamma, beta, eps=1.0, **options)
+            assert same_bits(alone[0], y[i]), (run, i)
+            assert same_bits(pullback(dy[i : i + 1]).x[0], got[1][i]), (run, i)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 40), (3, 40, 99)], ids=str)
 def test_a_sample_is_inferred_alone_as_in_a_batch(
     shape: tuple[int, ...], dtype: str, backend: str, xp: Any

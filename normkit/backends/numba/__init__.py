@@ -79,15 +79,17 @@ class Work:
 
 
 @lru_cache(maxsize=4096)
-def _work(axes: Axes, dtype: Any, sums: bool = False) -> Work:
-    """How to go about `axes`; with `sums` about gradients, those of parameters among them."""
+def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) -> Work:
+    """How to go about `axes`; with `sums` about gradients, those of parameters among them; with
+    `given` about a result by statistics that are given.
+    """
     k0, r0, k1, r1, params, span = axes
     if params == 1:
         span = r0 * k1 * r1  # whatever it is: no batch may change the formula
     by_param = sums and span == 1  # columns then give what the parameters need
     if by_param and r0 == k1 == 1 and params <= k.SLAB and r1 > k.CHUNK:
         r0, r1 = r1 // params, params
-    rows = r0 == 1 or r1 >= k.SHORT
+    rows = r0 == 1 or r1 >= (k.GIVEN if given and span % r1 == 0 else k.SHORT)
     if by_param and r0 > 1 and r1 <= k.SLAB and k1 * r1 % params == 0:
         rows = False
     repeat = tile = 1
@@ -205,7 +207,7 @@ class Numba(Backend):
         self, x: Array, axes: Axes, stats: Stats, gamma: Array | None, beta: Array | None, y: Array
     ) -> None:
         stats = stats._replace(r=None, d=None)
-        self._apply(_work(axes, x.dtype), x, gamma, beta, y, stats)
+        self._apply(_work(axes, x.dtype, given=True), x, gamma, beta, y, stats)
 
     def forward(
         self,
@@ -247,7 +249,7 @@ class Numba(Backend):
         y: Array,
     ) -> None:
         update = Update(mean, spread, None, 0.0)
-        self._apply(_work(axes, x.dtype), x, gamma, beta, y, _NONE, update, eps)
+        self._apply(_work(axes, x.dtype, given=True), x, gamma, beta, y, _NONE, update, eps)
 
     def prepare(
         self,
@@ -263,7 +265,7 @@ class Numba(Backend):
     ) -> Launch | None:
         if type(self) is not Numba:  # whose other methods may do otherwise
             return None
-        work = _work(axes, x.dtype)
+        work = _work(axes, x.dtype, given=frozen)
         if not frozen and work.by_parts(self._pool):  # several launches
             return None
         *as_read, kinds = _params(gamma, beta, work)
@@ -353,7 +355,7 @@ class Numba(Backend):
         frozen: bool,
         affine: tuple[Any, Any] | None,
     ) -> tuple[Array, Array] | None:
-        work = _work(axes, x.dtype, affine is not None)
+        work = _work(axes, x.dtype, sums=affine is not None)
         parts, units = work.parts, work.units
         k0, r0, k1, r1, params, span = work.axes
         gamma, narrow = _param(gamma, 1.0, work)
@@ -444,7 +446,7 @@ class Numba(Backend):
     def steps(self, operation: str, x: Array, axes: Axes, *_: Any, **options: Any) -> list[Step]:
         if operation not in ("moments", "normalize", "infer", "forward"):
             return []  # no kernel's, or part of one of these
-        work = _work(axes, x.dtype)
+        work = _work(axes, x.dtype, given=operation in ("normalize", "infer"))
         kernel, unit = ("rows_forward", "group") if work.rows else ("columns_forward", "slab")
         threads = self._pool.threads(work.elements)
 

@@ -245,7 +245,7 @@ def widened(typing: Any, value: Any) -> Any:
 @intrinsic
 def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> Any:
     """Elements from `index` on, `count` or with None all, as numbers of the type of lanes `like`
-    and in their order; a number instead of a pointer in all lanes.
+    and in their order; a number instead of a pointer in all lanes, or such lanes as they are.
     """
 
     def convert(builder: Any, value: Any, number: Any) -> Any:
@@ -254,6 +254,8 @@ def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> 
         return (builder.fpext if number is types.float32 else builder.fptrunc)(value, like.vector())
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if pointer is like:
+            return args[0]
         if not isinstance(pointer, Pointer):
             return convert(builder, _splat(builder, args[0], like.count), pointer)
         kind, stored = signature.args[0], like.stored(signature.args[0].element)
@@ -430,6 +432,37 @@ def first_lanes(typing: Any, value: Any, count: Any) -> Any:
         return builder.select(mask, args[0], ir.Constant(value.vector(), [0.0] * value.count))
 
     return value(value, count), generate
+
+
+@intrinsic
+def lanes_of_each(typing: Any, tables: Any, index: Any, like: Any) -> Any:
+    """Of each of several tables, its number at `index` in all lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found = []
+        for place in range(tables.count):
+            pointer = builder.extract_value(args[0], place)
+            number = builder.load(_element(builder, tables.dtype, pointer, args[1]))
+            _mark(builder, number, "alias.scope", _SCRATCH)
+            found.append(_splat(builder, number, like.count))
+        return cgutils.pack_array(builder, found)
+
+    return types.UniTuple(like, tables.count)(tables, types.int64, like), generate
+
+
+@intrinsic
+def spliced(typing: Any, first: Any, rest: Any, count: Any) -> Any:
+    """The first `count` elements of each of several lanes `first`, then those of `rest`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        mask = first.dtype.mask(builder, args[2], first.dtype.order)
+        found = []
+        for place in range(first.count):
+            one, other = (builder.extract_value(lanes, place) for lanes in args[:2])
+            found.append(builder.select(mask, one, other))
+        return cgutils.pack_array(builder, found)
+
+    return first(first, rest, count), generate
 
 
 @intrinsic
@@ -792,15 +825,17 @@ STRIP = 64  #: columns that are summed, of a few rows at once, before others are
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
 #: elements of rows below which eight are summed at a time: only of few, if loading parts is slow
 SHORT_ROW = 32 if _has_masks(ir.IntType(16)) else _FEW + 1
-SHORT = 64  #: stretches of fewer elements are summed as columns, if there are several rows
+SHORT = 64  #: stretches of fewer elements are columns, if there are several rows: they are summed,
+GIVEN = 32  #: and the same where their statistics are given
 SLAB = 256  #: columns that one task of the columns family sums side by side
-WINDOW = 1024  #: columns that it gives results of: long pieces of rows are what memory likes
+WINDOW = 2048  #: columns that it gives results of: long pieces of rows are what memory likes
 #: all columns of the groups that those may belong to; tables a power of two long would evict each
 #: other, as their entries for a column would be in one set of the cache
 TABLE = WINDOW + 2 * SHORT
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
 ROW_LIMIT = 4096  #: parameters that a thread widens for itself, on its stack
+KNOWN = 2048 + 2 * SHORT  #: groups whose formulas are kept while rows meet them again
 ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at once, in the cache
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
@@ -881,6 +916,18 @@ def _parameter(axes, at):
         return index, at + params - index
     run = at // span
     return run % params, (run + 1) * span
+
+
+@inline
+def _run(x, axes, whole):
+    """Elements of the runs with one parameter each that make up stretches, or, if those are not
+    `whole`, that are stretches; 0 if there are none.
+    """
+    k0, r0, k1, r1, params, span = axes
+    if span % r1 == 0 and (r0 == 1 or _by_column(axes)):
+        return r1
+    lines = r0 == 1 and r1 % span == 0 and per_line(x) <= span and r1 <= KNOWN * span
+    return span if lines and whole else 0
 
 
 @inline
@@ -975,23 +1022,36 @@ def _fetch_early(pointer, first, last):
 # What is written past the caches need not be read first, a third of the traffic. It pays where the
 # result would not stay in them, and on AMD's processors; Intel's do better by asking ahead.
 @inline
-def _streams(to, reads, axes):
-    """Whether to write a result past the caches, data of its size having been read so often.
-
-    Not where many lines would be written in parts: in columns, unless rows with the same parameters
-    are whole lines long or many are stored at once, and in short runs of elements that share one.
+def _streams(to, reads, axes, whole, least):
+    """Whether to write a result past the caches, data of its size having been read so often: from
+    so many lines on, and not where many would be written in parts.
     """
     k0, r0, k1, r1, params, span = axes
-    least = STREAMED
-    if r0 > 1 and r1 < SHORT:
-        whole = _by_column(axes) and (k1 * r1 <= SLAB or k1 * r1 % per_line(to) == 0)
-    else:
-        run = min(r1, params if span == 1 and params > 1 else span)
-        odd = run % per_line(to) != 0 or r1 % per_line(to) != 0
-        whole = run >= (SHORTEST if odd else SHORTEST // 2) * per_line(to)
-        least = IN_ORDER if reads == 1 else STREAMED
     many = (reads + 1) * k0 * r0 * k1 * r1 >= least * per_line(to)
     return STREAMS and many and whole and is_aligned(to)
+
+
+@inline
+def _streams_rows(to, reads, axes):
+    """The same of rows: not in short runs of elements that share a line with others."""
+    k0, r0, k1, r1, params, span = axes
+    run = min(r1, params if span == 1 and params > 1 else span)
+    odd = run % per_line(to) != 0 or r1 % per_line(to) != 0
+    least = SHORTEST if odd else SHORTEST // 2
+    if span > 1 and (r0 == 1 or reads == 1):
+        least = 1  # `_store_run` makes whole lines of several
+    whole = run >= least * per_line(to)
+    return _streams(to, reads, axes, whole, IN_ORDER if reads == 1 else STREAMED)
+
+
+@inline
+def _streams_columns(to, reads, axes):
+    """The same of columns: only if those with the same parameters are whole lines long, or many are
+    stored at once.
+    """
+    k0, r0, k1, r1, params, span = axes
+    whole = _by_column(axes) and (k1 * r1 <= SLAB or k1 * r1 % per_line(to) == 0)
+    return _streams(to, reads, axes, whole, STREAMED)
 
 
 # A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
@@ -1066,26 +1126,16 @@ def _fetch_all(to, x, dy, first, last):
 
 
 @elementwise
-def _store_lines(to, make, like, first, last, ahead, streams, at, dy, x, *what):
-    """Let elements first..last of `to` be what ``make(i, count, like, at, dy, x, *what)`` gives.
-
-    Memory is asked for `ahead` elements early, if that is not 0; where lines are streamed, for a
-    last one of `to` that is not.
+def _store_whole_lines(to, make, like, i, last, ahead, streams, at, dy, x, *what):
+    """`_store_lines` from `i`, the first of a line if it is streamed, on; where less than one is
+    left.
     """
     many = per_line(like)
-    i = first
     if streams:
-        if past_line(to, last):
-            fetch(to, last + ahead - 1)
-        past = past_line(to, first)
-        if past:
-            i = min(last, first + many - past)
-            part = past, i - first  # of a line: processors would load all that a store may reach
-            store_lanes(to, first - past, part, make(first - past, part, like, at, dy, x, *what))
         while i + many <= last:
             stream_lanes(to, i, None, make(i, None, like, at, dy, x, *what))
             i += many
-        ahead = 0
+        return i
     while i + 4 * many <= last:
         if ahead:
             _fetch_all(to, x, dy, i + ahead, i + ahead + 4 * many)
@@ -1103,15 +1153,68 @@ def _store_lines(to, make, like, first, last, ahead, streams, at, dy, x, *what):
     while i + many <= last:
         store_lanes(to, i, None, make(i, None, like, at, dy, x, *what))
         i += many
+    return i
+
+
+@elementwise
+def _store_some(to, make, like, i, part, *what):
+    store_lanes(to, i, part, make(i, part, like, *what))
+
+
+@elementwise
+def _store_lines(to, make, like, first, last, ahead, streams, *what):
+    """Let elements first..last of `to` be what ``make(i, count, like, at, dy, x, *what)`` gives.
+
+    Memory is asked for `ahead` elements early, if that is not 0; where lines are streamed, for a
+    last one of `to` that is not.
+    """
+    i = first
+    if streams:
+        if past_line(to, last):
+            fetch(to, last + ahead - 1)
+        past = past_line(to, first)
+        if past:
+            i = min(last, first + per_line(like) - past)
+            # Of a line: processors would load all that a store may reach.
+            _store_some(to, make, like, first - past, (past, i - first), *what)
+        ahead = 0
+    i = _store_whole_lines(to, make, like, i, last, ahead, streams, *what)
     if i < last:
-        part = np.int64(0), last - i
-        store_lanes(to, i, part, make(i, part, like, at, dy, x, *what))
+        _store_some(to, make, like, i, (np.int64(0), last - i), *what)
 
 
 @inline
 def _to_rest(size, to):
     """`PARTLY` lines in whole runs of `size` elements, for `_store_lines` that stream."""
     return PARTLY * per_line(to) // size * size
+
+
+# Runs of a line or more that follow each other have a formula each, which is lanes full of numbers.
+# A line of `to` that two of them share is made by both, and stored once: it waits for the second.
+@elementwise
+def _store_run(to, make, like, at, first, end, ahead, streams, dy, x, before, form):
+    """Let elements `at` to `end` of `to` be what ``make`` gives, by `before` up to `first` and then
+    by `form`, as far as lines are whole; where the rest begins.
+    """
+    what = np.int64(0), dy, x, None, None, 0, None
+    past = past_line(to, at)
+    if at < first:
+        both = spliced(before, form, first - at)
+        next_line = at + per_line(like)
+        at = _store_whole_lines(to, make, like, at, next_line, ahead, streams, *what, *both)
+    elif past:
+        part = past, per_line(like) - past
+        _store_some(to, make, like, at - past, part, *what, *form)
+        at += per_line(like) - past
+    return _store_whole_lines(to, make, like, at, end, ahead, streams, *what, *form)
+
+
+@elementwise
+def _store_rest(to, make, like, at, end, dy, x, form):
+    """The last part of a line after the last run."""
+    if at < end:
+        what = np.int64(0), dy, x, None, None, 0, None
+        _store_some(to, make, like, at, (np.int64(0), end - at), *what, *form)
 
 
 # ------------------------------------------------------------------------------------------ moments
@@ -1220,7 +1323,7 @@ def _part_sums(call, group, part, shift, before, after):
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
     ahead = _ahead_of_sums(None, x, axes)
-    writes = given(y) and r0 * r1 <= STAYS and not _streams(y, _reads(call.stage), axes)
+    writes = given(y) and r0 * r1 <= STAYS and not _streams_rows(y, _reads(call.stage), axes)
     s = q = 0.0
     for _ in range(count):
         first, last = origin + at, origin + min(at + CHUNK, r1)
@@ -1531,14 +1634,16 @@ def _y_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, shift
 
 
 @inline
-def _set_formula(call, i, gamma, beta, mean, residual, rstd, high, scale, shift):
-    """Let y of group i be (x - high)*scale + shift; whether that takes float64 or a factor."""
+def _set_formula(call, to, i, gamma, beta, mean, residual, rstd, high, scale, shift):
+    """Let y of a run in group i be (x - high)*scale + shift by the numbers at `to`; whether that
+    takes float64 or a factor.
+    """
     r = load(rstd, i)
     factor, h, low, a = _centre(call.x, load(mean, i), load(residual, i), r)
     a *= gamma
-    store(high, i, h)
-    store(scale, i, a)
-    store(shift, i, beta - low * a)
+    store(high, to, h)
+    store(scale, to, a)
+    store(shift, to, beta - low * a)
     return factor != 1.0 if is_float64(call.x) else _extreme(r) | _unsafe(a)
 
 
@@ -1546,33 +1651,38 @@ def _set_formula(call, i, gamma, beta, mean, residual, rstd, high, scale, shift)
 def _set_formulas(call, groups, *tables):
     wides = 0
     for i in range(groups):
-        wides += _set_formula(call, i, 1.0, 0.0, *tables)
+        wides += _set_formula(call, i, i, 1.0, 0.0, *tables)
     return wides
 
 
 @inline
-def _formulas(call, group, groups, alike, *tables):
-    """`_set_formula` for groups from `group` on, with the parameter of each if they are `alike`,
-    else but for parameters; how many take float64.
+def _formulas(call, group, groups, run, *tables):
+    """`_set_formula` for every `run` elements of groups from `group` on, with their parameter, or
+    for every group but for parameters if that is 0; how many take float64.
     """
-    if not alike:
+    if not run:
         return _set_formulas(call, groups, *tables)
-    wides, size = 0, call.axes[3]
+    wides, to, size = 0, 0, call.axes[3]
     at = _origin(call.axes, group)
     index, end_of_run = _parameter(call.axes, at)
     for i in range(groups):
-        gamma, beta = np.float64(load(call.gamma, index)), np.float64(load(call.beta, index))
-        wides += _set_formula(call, i, gamma, beta, *tables)
         # As if all groups were side by side: rows of them begin with the same parameter.
-        index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, at + size)
-        at += size
+        for _ in range(size // run):
+            gamma, beta = np.float64(load(call.gamma, index)), np.float64(load(call.beta, index))
+            wides += _set_formula(call, to, i, gamma, beta, *tables)
+            index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, at + run)
+            at += run
+            to += 1
     return wides
 
 
 @inline
-def _apply_groups(call, alike, first, size, stride, count, i, step, ahead, streams, table):
+def _apply_groups(call, run, first, size, stride, count, i, step, ahead, streams, table):
+    """y of `count` stretches of `size` elements, by the `_formulas` of every `step`-th group."""
     x, y, params = call.x, call.y, call.axes[4]
-    if alike:
+    if run >= per_line(x) and step and stride == size:
+        _apply_runs(x, y, first, size, run, count, i, ahead, streams, table)
+    elif run:
         _apply_each(
             x, y, None, None, params, first, size, stride, count, i, step, ahead, streams, table
         )
@@ -1584,10 +1694,28 @@ def _apply_groups(call, alike, first, size, stride, count, i, step, ahead, strea
 
 
 @plain
+def _apply_runs(x, y, first, size, run, count, i, ahead, streams, table):
+    """The same of stretches side by side, of runs with one formula each."""
+    like, zero, runs = lanes(x, real(x, 1.0)), np.int64(0), max(1, size // run)
+    run, end = min(run, size), first + count * size
+    if streams and past_line(y, end):
+        fetch(y, end + _to_rest(end - first, y) - 1)
+    at = first
+    before = form = lanes_of_each(table, zero, like)
+    for j in range(i * runs, (i + count) * runs):
+        before, form = form, lanes_of_each(table, j, like)
+        at = _store_run(
+            y, _y_of, like, at, first, first + run, ahead, streams, None, x, before, form
+        )
+        first += run
+    _store_rest(y, _y_of, like, at, end, None, x, form)
+
+
+@plain
 def _apply_each(
     x, y, gamma, beta, params, first, size, stride, count, i, step, ahead, streams, table
 ):
-    """y of `count` stretches of `size` elements, by the `_formulas` of every `step`-th group."""
+    """The same, each stretch by itself, with gamma and beta if their elements have one each."""
     high, scale, shift = table
     index, hop, one = first % params, stride % params, real(x, 1.0)
     like, few, part = lanes(x, one), lanes_of_few(x, one), (np.int64(0), size)
@@ -1675,15 +1803,13 @@ def rows_forward(pointer, first, last):
     call = replaced(replaced(call, "gamma", gamma), "beta", beta)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIR)
-    mean, residual = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    var, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    table = scratch(zero, SLAB), scratch(zero, SLAB), scratch(zero, SLAB)
-    streams = _streams(call.y, _reads(stage), axes)
-    # Whether each group has one parameter; whether it has, or each element of a stretch has one and
-    # they follow each other: then `_formulas` serve.
-    alike = span % r1 == 0 and (r0 == 1 or _by_column(axes))
-    uniform = alike or (span == 1 and params % r1 == 0)
+    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
+    mean, residual, rstd = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
+    streams = _streams_rows(call.y, _reads(stage), axes)
+    run = _run(x, axes, stage == ALL or parts == 1)
+    # Whether `_formulas` serve: of runs, or where elements with a parameter each follow each other.
+    uniform = run > 0 or (span == 1 and params % r1 == 0)
     rounds = 2 if is_float64(x) and call.center else 1
     none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
@@ -1699,22 +1825,28 @@ def rows_forward(pointer, first, last):
     elif stage == APPLY:
         group, place, row, at = _find_stretch(axes, parts, first)
         ahead = _ahead_of_stretch(x, axes)
+        most = min(SLAB, KNOWN * run // r1) if run else SLAB
         begin, stop, quick = 0, 0, False  # of the groups whose statistics are at hand
         task = first
         while task < last:
             if not begin <= group < stop:
-                begin = group if r0 == 1 else group - place % SLAB
-                stop = min(begin + SLAB, k0 * k1 if r0 == 1 else group - place + k1)
+                if r0 == 1:
+                    begin, stop = group, min(group + most, k0 * k1)
+                elif last - task > k1 - place:  # they are met again in the next row
+                    begin = group - place % KNOWN
+                    stop = min(begin + KNOWN, group - place + k1)
+                else:
+                    begin, stop = group, min(group + KNOWN, group + last - task)
                 _given_groups(call, begin, stop - begin, mean, residual, rstd)
                 quick = uniform and not _formulas(
-                    call, begin, stop - begin, alike, mean, residual, rstd, *table
+                    call, begin, stop - begin, run, mean, residual, rstd, *table
                 )
             i, count = group - begin, 1
             size = _end_of_stretch(axes, parts, group, place, at) - at
             if quick:
                 if parts == 1 or r0 > 1:
                     count = min(stop - group, last - task)
-                _apply_groups(call, alike, at, size, size, count, i, step, ahead, streams, table)
+                _apply_groups(call, run, at, size, size, count, i, step, ahead, streams, table)
             else:
                 index, end_of_run = _parameter(axes, at)
                 m, e, r = load(mean, i), load(residual, i), load(rstd, i)
@@ -1755,15 +1887,15 @@ def rows_forward(pointer, first, last):
                 continue
             at = _origin(axes, begin)
             quick = uniform and not _formulas(
-                call, begin, groups, alike, mean, residual, rstd, *table
+                call, begin, groups, run, mean, residual, rstd, *table
             )
             if quick and r0 == 1:
-                _apply_groups(call, alike, at, r1, r1, groups, none, step, later, streams, table)
+                _apply_groups(call, run, at, r1, r1, groups, none, step, later, streams, table)
                 continue
             for i in range(groups):
                 at = _origin(axes, begin + i)
                 if quick:
-                    _apply_groups(call, alike, at, r1, k1 * r1, r0, i, none, later, streams, table)
+                    _apply_groups(call, run, at, r1, k1 * r1, r0, i, none, later, streams, table)
                     continue
                 m, e, r = load(mean, i), load(residual, i), load(rstd, i)
                 for row in range(r0):
@@ -1874,30 +2006,37 @@ def _dx_and_params_of(
 
 
 @inline
-def _row_grads(call, group, part):
-    """Sums of gamma*dy and gamma*dy*xhat over one part of a group; of dy, dy*xhat for each run.
-
-    If memory is fetched ahead, that of dx is, where it is soon written to.
+def _walk(call, streams):
+    """What all `_row_grads` have in common: the length of a run of parameters, or of elements that
+    share one, its pieces, those of a stretch; whether rows begin with the same parameter; how far
+    ahead memory is asked for, and whether dx's is.
     """
-    dy, x, gamma, sums, parts = call.dy, call.x, call.gamma, call.sums, call.parts
     k0, r0, k1, r1, params, span = call.axes
-    mean, residual, rstd = _saved(call, group)
-    factor, high, low, rstd = _centre(x, mean, residual, rstd)
     run = min(r1, params if span == 1 else span)
     pieces = (run + CHUNK - 1) // CHUNK
-    count = r0 * (r1 // run) * pieces
+    ahead = _ahead_of_sums(call.dy, call.x, call.axes)
+    writes = r0 * r1 <= STAYS and not streams  # for then it is soon written to
+    return run, pieces, r1 // run * pieces, r0 == 1 or _by_column(call.axes), ahead, writes
+
+
+@inline
+def _row_grads(call, group, part, walk):
+    """Sums of gamma*dy and gamma*dy*xhat over one part of a group; of dy, dy*xhat for each run."""
+    dy, x, gamma, sums, parts = call.dy, call.x, call.gamma, call.sums, call.parts
+    k0, r0, k1, r1, params, span = call.axes
+    run, pieces, per_stretch, fixed, ahead, writes = walk
+    mean, residual, rstd = _saved(call, group)
+    factor, high, low, rstd = _centre(x, mean, residual, rstd)
+    count = r0 * per_stretch
     row, at, inside = 0, 0, 0
     if parts > 1:
         begin = part * count // parts
         count = (part + 1) * count // parts - begin
-        row, at = begin // (r1 // run * pieces), begin % (r1 // run * pieces)
+        row, at = begin // per_stretch, begin % per_stretch
         at, inside = at // pieces * run, at % pieces * CHUNK
     origin = _origin(call.axes, group) + row * k1 * r1
     index, _ = _parameter(call.axes, origin + at)
-    fixed = r0 == 1 or _by_column(call.axes)
     first_of_row = index if at == 0 else _parameter(call.axes, origin)[0]
-    ahead = _ahead_of_sums(dy, x, call.axes)
-    writes = r0 * r1 <= STAYS and not _streams(call.dx, 2, call.axes)
     s = p = 0.0
     for _ in range(count):
         first = origin + at + inside
@@ -1961,6 +2100,29 @@ def _apply_grad_stretch(
     )  # fmt: skip
 
 
+@elementwise
+def _grad_formulas(call, group, run, s, p, high, scale, slope, shift):
+    """Let dx of every `run` elements of a group be what `_dx_of` gives by numbers of the tables;
+    whether that takes float64 or a factor.
+    """
+    mean, residual, rstd = _saved(call, group)
+    factor, h, low, r = _centre(call.x, mean, residual, rstd)
+    a, b = _line(call, s, p, low, r)
+    wide = factor != 1.0 if is_float64(call.x) else _extreme(rstd) | _unsafe(a)
+    at = group * call.axes[3]
+    index, end_of_run = _parameter(call.axes, at)
+    for to in range(call.axes[3] // run):
+        of_dy = r * load(call.gamma, index)
+        store(high, to, h)
+        store(scale, to, of_dy)
+        store(slope, to, a)
+        store(shift, to, b)
+        wide |= _unsafe(of_dy) and not is_float64(call.x)
+        index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, at + run)
+        at += run
+    return wide
+
+
 def rows_backward(pointer, first, last):
     """A unit is a group, its parts are stretches of memory."""
     call = _behind(pointer)
@@ -1969,10 +2131,14 @@ def rows_backward(pointer, first, last):
     call = replaced(call, "gamma", gamma)
     x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
-    streams = _streams(call.dx, 2, axes)
+    table = (
+        scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
+    )  # fmt: skip
+    streams = _streams_rows(call.dx, 2, axes)
+    walk = _walk(call, streams)
     if stage == SUMS:
         for task in range(first, last):
-            s, p = _row_grads(call, task // parts, task % parts)
+            s, p = _row_grads(call, task // parts, task % parts, walk)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, p)
     elif stage == APPLY:
@@ -1992,29 +2158,43 @@ def rows_backward(pointer, first, last):
             at = end
     else:
         fixed, later = _by_column(axes), _ahead_of_result(x, axes)
-        index, end_of_run = _parameter(axes, _origin(axes, first))
+        like, none = lanes(x, zero), np.int64(0)
+        run = _run(x, axes, True) if r0 == 1 else none
+        done = first * r1  # what is stored of groups side by side, by `form` last
+        before = form = lanes_of_each(table, none, like)
         for group in range(first, last):
             s = p = 0.0
             if given(call.sums) or not call.frozen:
                 for part in range(parts):
-                    ds, dp = _row_grads(call, group, part)
+                    ds, dp = _row_grads(call, group, part, walk)
                     s += ds
                     p += dp
-            mean, residual, rstd = _saved(call, group)
             at = _origin(axes, group)
-            if r0 > 1:
-                index, end_of_run = _parameter(axes, at)
+            if run >= per_line(x) and not _grad_formulas(call, group, run, s, p, *table):
+                for i in range(r1 // run):
+                    before, form = form, lanes_of_each(table, i, like)
+                    done = _store_run(
+                        call.dx, _dx_of, like, done, at, at + run, later, streams, call.dy, x,
+                        before, form,
+                    )  # fmt: skip
+                    at += run
+                continue
+            if run:
+                _store_rest(call.dx, _dx_of, like, done, at, call.dy, x, form)
+                done = at + r1
+            index, end_of_run = _parameter(axes, at)
+            mean, residual, rstd = _saved(call, group)
             for _ in range(r0):
-                found = _apply_grad_stretch(
+                _apply_grad_stretch(
                     call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later, streams
                 )
                 at += k1 * r1
-                if r0 == 1:  # the next group's elements are the next in memory
-                    index, end_of_run = found
-                elif fixed:
+                if fixed:
                     end_of_run += k1 * r1
                 else:
                     index, end_of_run = _parameter(axes, at)
+        if run:
+            _store_rest(call.dx, _dx_of, like, done, last * r1, call.dy, x, form)
 
 
 @inline
@@ -2605,7 +2785,7 @@ def columns_forward(pointer, first, last):
     low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     one = np.float32(1.0)
     narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
-    streams = _streams(call.y, _reads(stage), call.axes)
+    streams = _streams_columns(call.y, _reads(stage), call.axes)
     rounds = 2 if is_float64(x) and call.center else 1
     ready, count = -1, 0
     for task in range(first, last):
@@ -2804,7 +2984,7 @@ def columns_backward(pointer, first, last):
     narrow = (
         scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
     )  # fmt: skip
-    step, streams = _step(call.axes), _streams(call.dx, 2, call.axes)
+    step, streams = _step(call.axes), _streams_columns(call.dx, 2, call.axes)
     for task in range(first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
