@@ -85,6 +85,7 @@ _STORED = {
 DTYPES = tuple(_STORED)
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  #: bytes of a cache line
+_SPARE = _LINE // 2  #: elements that lanes may have, in any dtype
 _FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
 
 
@@ -246,6 +247,9 @@ def widened(typing: Any, value: Any) -> Any:
 def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> Any:
     """Elements from `index` on, `count` or with None all, as numbers of the type of lanes `like`
     and in their order; a number instead of a pointer in all lanes, or such lanes as they are.
+
+    Lanes of scratch memory are always all loaded, as it has some to spare: where those left out
+    are of a page that was never used, processors take hundreds of cycles to find no fault is due.
     """
 
     def convert(builder: Any, value: Any, number: Any) -> Any:
@@ -260,7 +264,7 @@ def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> 
             return convert(builder, _splat(builder, args[0], like.count), pointer)
         kind, stored = signature.args[0], like.stored(signature.args[0].element)
         at = builder.bitcast(_element(builder, kind, *args[:2]), stored.as_pointer())
-        if signature.args[2] is types.none:
+        if signature.args[2] is types.none or kind.role == "scratch":
             value = builder.load(at, align=1)
         else:
             value = _load_part(builder, like, at, args[2])
@@ -600,15 +604,17 @@ def _round_to_bfloat16(builder: Any, value: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def scratch(typing: Any, like: Any, count: Any) -> Any:
-    """`count` (a literal) elements of the type of number `like` on the stack."""
+    """`count` (a literal) elements of the type of number `like` on the stack, and lanes to spare
+    before and after them.
+    """
     kind = Pointer("float64" if types.unliteral(like) is types.float64 else "float32", "scratch")
     size = count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
-            memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size))
+            memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size + 2 * _SPARE))
             memory.align = _LINE  # a vector of 512 bits then is in one cache line
-        return builder.bitcast(memory, _BYTE)
+        return builder.bitcast(builder.gep(memory, [_word(0), _word(_SPARE)]), _BYTE)
 
     return kind(like, count), generate
 
@@ -643,6 +649,17 @@ def is_float64(typing: Any, pointer: Any) -> Any:
         return ir.Constant(ir.IntType(1), int(signature.args[0].real is types.float64))
 
     return types.boolean(pointer), generate
+
+
+@intrinsic
+def if_float64(typing: Any, pointer: Any, value: Any, other: Any) -> Any:
+    """`value` if the elements are computed in float64, else `other`: of any types."""
+    wide = pointer.real is types.float64
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[1] if wide else args[2]
+
+    return (value if wide else other)(pointer, value, other), generate
 
 
 @intrinsic
@@ -873,7 +890,10 @@ def _own_param(call, param, kind, buffer):
     If one thread converted it for all, each cache line would take the others 40 ns.
     """
     if significand(call.x) < 24 and call.kinds & kind:
-        _copy_run(as_elements(param, call.x), 0, own(buffer), 0, call.axes[4])
+        memory, count = own(buffer), call.axes[4]
+        _copy_run(as_elements(param, call.x), 0, memory, 0, count)
+        store(memory, -1, 0.0)  # whose pages parts of lanes may touch, as in `load_lanes`
+        store(memory, count, 0.0)
         return as_input(buffer)
     return param
 
@@ -1878,7 +1898,8 @@ def rows_forward(pointer, first, last):
                         if stage == FINISH:
                             s, q = _sums_of_parts(call, begin + i)
                         else:
-                            s, q = _group_sums(call, begin + i, load(shift, i), 1.0, 1.0)
+                            about = load(shift, i) if is_float64(x) else 0.0
+                            s, q = _group_sums(call, begin + i, about, 1.0, 1.0)
                         store(sums, i, s)
                         store(sums, SLAB + i, q)
                 final = again == rounds - 1
@@ -2456,7 +2477,7 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
     ahead = _far(x, call.axes)
     _clear_pair(sums, to, many * columns)
     wide, begin = many * columns, np.int64(0)  # for a literal, all would be compiled once more
-    eight, alone, form = np.int64(8), np.int64(1), (x, shift, None, None)
+    eight, alone, form = np.int64(8), np.int64(1), (x, if_float64(x, shift, 0.0), None, None)
     strip = STRIP if ahead else wide
     while row + 8 * many <= end:  # 8 at once: the sums are read and written less often
         at = origin + row * stride
