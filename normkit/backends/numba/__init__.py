@@ -23,6 +23,9 @@ _SHARED = 12  #: parts from which on sharing them, by three launches, is faster 
 _BLOCK = 1 << 12  #: elements that are worth a task without sums,
 _PREPARED = 3 << 12  #: and those of one that makes tables of its own
 _NEAR = 1 << 19  #: elements of a slab that a cache keeps
+_FAR = 1 << 22  #: bytes of x that are better read twice in the order of memory than once in leaps:
+_LEAPS = 32  #: that are so many, or more
+_PART_BYTES, _PARTS_ACROSS = 1 << 11, 16  #: of a group's data then, for less than 1 % of it in sums
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _RUN = 1024  #: runs of parameters are repeated up to this length
@@ -42,6 +45,7 @@ class Work:
     tile: int  #: and then all of them so often, to make short vectors long
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
+    across: bool  #: whether forward sums a part of all groups before the next part
     stretches: int  #: tasks of backward's APPLY stage
     blocks: int  #: parts of a group, or of a window of columns, in forward's APPLY stage
     windows: int  #: tasks of that
@@ -69,10 +73,19 @@ class Work:
         threads = pool.threads(self.elements)
         return threads > 1 and self.units < 4 * threads and self.units % threads > 0
 
+    @property
+    def sums(self) -> tuple[int, int]:
+        """Stage and tasks of forward's sums by parts."""
+        if self.across:
+            return k.ACROSS, self.axes.k0 * self.parts
+        return k.SUMS, self.units * self.parts
+
     def by_parts(self, pool: Pool) -> bool:
-        """Whether forward shares them: also where several slabs share rows, which memory gives and
-        takes slowly in pieces, and no cache keeps one from its sums to its result.
+        """Whether forward shares them: also where groups or slabs share rows, which memory gives
+        and takes slowly in pieces, and no cache keeps one from its sums to its result.
         """
+        if self.across:
+            return True
         pieces = not self.rows and self.axes.k1 * self.axes.r1 > k.SLAB
         far = pieces and self.elements >= self.units * _NEAR
         return self.scarce(pool) or (far and pool.threads(self.elements) > 1)
@@ -108,6 +121,12 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
         units, elements = k0 * -(-k1 // groups), r0 * min(k1 * r1, k.SLAB)
     most = elements if rows else min(r0, max(_FEW_PARTS, r0 // _PART_ROWS))
     parts = max(1, min(_MOST_PARTS, 4 * (elements // _PART), most))
+    size = dtype.itemsize
+    leaps = rows and r0 >= _LEAPS and r1 * size <= k.LONG * k.LINE
+    far = axes.groups * axes.group_size * size >= _FAR
+    across = leaps and far and size < 8 and k1 <= k.KNOWN
+    if across:
+        parts = min(_PARTS_ACROSS, r0 * r1 * size // _PART_BYTES)
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
     stretches = units * (r0 if rows and r0 > 1 else parts)
@@ -118,7 +137,9 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
         blocks = max(1, min(r0, blocks, max(parts, _MOST_PARTS // max(1, windows))))
         windows *= blocks
     name = dtype.name
-    return Work(name, real, rows, axes, repeat, tile, units, parts, stretches, blocks, windows)
+    return Work(
+        name, real, rows, axes, repeat, tile, units, parts, across, stretches, blocks, windows
+    )
 
 
 @lru_cache(maxsize=64)
@@ -338,7 +359,7 @@ class Numba(Backend):
         partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
         arrays = (x, None, None, None, *stats, partial, *running)
         for again in range(2 if work.real == np.float64 and center else 1):
-            for stage, tasks in ((k.SUMS, units * parts), (k.FINISH, units)):
+            for stage, tasks in (work.sums, (k.FINISH, units)):
                 call = (*arrays, work.axes, eps, center, stage, again, parts)
                 self._pool.run(work.forward, call, tasks, work.elements)
 
@@ -460,7 +481,7 @@ class Numba(Backend):
         found = []
         if operation not in ("normalize", "infer"):
             if by_parts:
-                found.append(step("sums", work.units * work.parts, "part"))
+                found.append(step("sums", work.sums[1], "part"))
             found.append(step("statistics", work.units, unit))
             if by_parts and work.real == np.float64 and options["center"]:
                 found *= 2  # about an element, then about the mean

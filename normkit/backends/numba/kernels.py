@@ -84,8 +84,8 @@ _STORED = {
 }
 DTYPES = tuple(_STORED)
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_LINE = 64  #: bytes of a cache line
-_SPARE = _LINE // 2  #: elements that lanes may have, in any dtype
+LINE = 64  #: bytes of a cache line
+_SPARE = LINE // 2  #: elements that lanes may have, in any dtype
 _FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
 
 
@@ -165,9 +165,9 @@ class Lanes(types.Type):
     bfloat16 elements, the even ones are the first half: each shares a word with the next.
     """
 
-    def __init__(self, element: str, number: Any, paired: bool, count: int = _LINE) -> None:
+    def __init__(self, element: str, number: Any, paired: bool, count: int = LINE) -> None:
         self.element, self.number, self.paired = element, number, paired and element == "bfloat16"
-        self.count = min(count, _LINE // _SIZES[element])
+        self.count = min(count, LINE // _SIZES[element])
         super().__init__(f"normkit.Lanes({element}, {number}, {self.paired}, {self.count})")
 
     @property
@@ -188,7 +188,7 @@ class Lanes(types.Type):
 
     def mask(self, builder: Any, part: Any, places: list[int]) -> Any:
         """Whether each of `places` is in `part`: the first so many, or (so many before, count)."""
-        word = ir.IntType(8 * _LINE // self.count)
+        word = ir.IntType(8 * LINE // self.count)
 
         def splat(value: Any) -> Any:
             value = builder.trunc(value, word) if word.width < 64 else value
@@ -329,7 +329,7 @@ def _storing(streams: bool) -> Any:
             if signature.args[2] is not types.none:
                 done = _store_part(builder, lanes, value, at, count)
             else:
-                done = builder.store(value, at, align=_LINE if streams else 1)
+                done = builder.store(value, at, align=LINE if streams else 1)
             if streams:
                 one = builder.module.add_metadata([_word(1)])
                 done.set_metadata("nontemporal", one)
@@ -513,7 +513,7 @@ _define(operator.mul, "fmul")
 @intrinsic
 def per_line(typing: Any, like: Any) -> Any:
     """Elements to a cache line, or the number of lanes: known at compile time."""
-    count = like.count if isinstance(like, Lanes) else _LINE // _SIZES[like.element]
+    count = like.count if isinstance(like, Lanes) else LINE // _SIZES[like.element]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return ir.Constant(ir.IntType(64), count)
@@ -550,7 +550,7 @@ def past_line(typing: Any, pointer: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
         place = builder.ptrtoint(_element(builder, signature.args[0], *args), word)
-        past = builder.and_(place, ir.Constant(word, _LINE - 1))
+        past = builder.and_(place, ir.Constant(word, LINE - 1))
         return builder.udiv(past, ir.Constant(word, _SIZES[pointer.element]))
 
     return types.int64(pointer, types.int64), generate
@@ -613,7 +613,7 @@ def scratch(typing: Any, like: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
             memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size + 2 * _SPARE))
-            memory.align = _LINE  # a vector of 512 bits then is in one cache line
+            memory.align = LINE  # a vector of 512 bits then is in one cache line
         return builder.bitcast(builder.gep(memory, [_word(0), _word(_SPARE)]), _BYTE)
 
     return kind(like, count), generate
@@ -856,10 +856,11 @@ KNOWN = 2048 + 2 * SHORT  #: groups whose formulas are kept while rows meet them
 ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at once, in the cache
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
-#: Stages of a kernel. SUMS: a task is one part of a unit. FINISH: a task is a unit, whose parts
-#: were summed. APPLY: a task is a stretch of memory, given the statistics. MOMENTS, ALL: a task is
-#: a unit, from its sums to its statistics, or to the end.
-SUMS, FINISH, APPLY, MOMENTS, ALL = range(5)
+#: Stages of a kernel. SUMS: a task is one part of a unit. ACROSS: a task is one part of all groups
+#: side by side. FINISH: a task is a unit, whose parts were summed. APPLY: a task is a stretch of
+#: memory, given the statistics. MOMENTS, ALL: a task is a unit, from its sums to its statistics, or
+#: to the end.
+SUMS, ACROSS, FINISH, APPLY, MOMENTS, ALL = range(6)
 
 Forward = namedtuple(
     "Forward",
@@ -1361,6 +1362,27 @@ def _part_sums(call, group, part, shift, before, after):
     return s, q
 
 
+@plain
+def _sums_across(call, task, s, q):
+    """`_part_sums` of all groups side by side, not of float64: stretch by stretch as in memory."""
+    k0, r0, k1, r1, params, span = call.axes
+    sample, part = task // call.parts, task % call.parts
+    _fill(s, 0, k1, 0.0)
+    _fill(q, 0, k1, 0.0)
+    row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
+    at = (sample * r0 + row) * k1 * r1
+    for _ in range(row, end):
+        for i in range(k1):
+            ds, dq = _sums(call.x, at, at + r1, 0.0, 1.0, 1.0)
+            store(s, i, load(s, i) + ds)
+            store(q, i, load(q, i) + dq)
+            at += r1
+    for i in range(k1):
+        to = (sample * k1 + i) * call.parts + part
+        store(call.partial, 2 * to, load(s, i))
+        store(call.partial, 2 * to + 1, load(q, i))
+
+
 @inline
 def _group_sums(call, group, shift, before, after):
     """`_sums` of a whole group."""
@@ -1835,7 +1857,10 @@ def rows_forward(pointer, first, last):
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
     if r1 < SHORT_ROW:
         block -= block % 8
-    if stage == SUMS:
+    if stage == ACROSS:
+        for task in range(first, last):
+            _sums_across(call, task, mean, rstd)
+    elif stage == SUMS:
         for task in range(first, last):
             group = task // parts
             about = _shift(call, group, call.round == 1, call.mean, group)
@@ -2221,7 +2246,7 @@ def rows_backward(pointer, first, last):
 @inline
 def grads_space(chunk):
     """Elements that dgamma, or dbeta, of a chunk of parameters takes, with lanes to spare."""
-    return (chunk + 2 * _LINE - 1) // _LINE * _LINE
+    return (chunk + 2 * LINE - 1) // LINE * LINE
 
 
 @plain
