@@ -12,6 +12,8 @@ import pytest
 from cases import same_bits
 
 import normkit as nk
+import normkit.axes
+from normkit.backends import numba as numba_backend
 from normkit.backends.numba import kernels
 
 SAMPLES, FEW = 33, 3
@@ -170,3 +172,37 @@ def test_gradients_of_many_rows_of_columns_at_once(extreme: str, dtype: str) -> 
     close = 1e-5 if dtype == "float32" else 1e-11
     for got, want in zip(*found, strict=True):
         np.testing.assert_allclose(got, want, close, close * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("shape", [(180, 61, 14, 14), (16, 2200, 8, 8), (17, 130, 31, 31)], ids=str)
+def test_batches_whose_channels_are_far_apart(
+    shape: tuple[int, ...], extreme: bool, dtype: str
+) -> None:
+    """Their stretches are summed in the order of memory, if they have tables for all channels."""
+    rng = np.random.default_rng(7)
+    x, dy = (rng.normal(1, 2, shape).astype(dtype) for _ in range(2))
+    k1, run = shape[1], shape[2] * shape[3]
+    axes = nk.axes.Axes(1, shape[0], k1, run, k1, run)
+    work = numba_backend._work(axes, x.dtype)
+    assert work.rows
+    assert work.across == (k1 <= kernels.KNOWN)
+    assert 16 * work.units * work.parts <= x.nbytes / 100
+    gamma, beta = rng.uniform(0.5, 2, (2, k1)).astype("float32")
+    if extreme:  # channels that take wider arithmetic
+        x[:, 3], gamma[5] = 300, 1e-35
+    found = []
+    for backend in ("numba", "reference"):
+        with nk.use_backend(backend):
+            mean, var = np.zeros(k1), np.ones(k1)
+            options = {"eps": 1.0, "running_mean": mean, "running_var": var, "momentum": 1.0}
+            wide = "float64" if backend == "reference" else dtype
+            y, pullback = nk.vjp(nk.batch_norm, x.astype(wide), gamma, beta, **options)
+            found.append((y, *pullback(dy.astype(wide))[:3], mean, var))
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    for i, (got, want) in enumerate(zip(*found, strict=True)):
+        close = 4e-6 if i >= 2 else 8 * eps
+        np.testing.assert_allclose(
+            got.astype("float64"), want, close, close * np.abs(want).max(), err_msg=str(i)
+        )

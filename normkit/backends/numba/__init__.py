@@ -24,7 +24,7 @@ _BLOCK = 1 << 12  #: elements that are worth a task without sums,
 _PREPARED = 3 << 12  #: and those of one that makes tables of its own
 _NEAR = 1 << 19  #: elements of a slab that a cache keeps
 _FAR = 1 << 22  #: bytes of x that are better read twice in the order of memory than once in leaps:
-_LEAPS = 32  #: that are so many, or more
+_LEAPS = 16  #: that are so many, or more
 _PART_BYTES, _PARTS_ACROSS = 1 << 11, 16  #: of a group's data then, for less than 1 % of it in sums
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
@@ -122,7 +122,7 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
     most = elements if rows else min(r0, max(_FEW_PARTS, r0 // _PART_ROWS))
     parts = max(1, min(_MOST_PARTS, 4 * (elements // _PART), most))
     size = dtype.itemsize
-    leaps = rows and r0 >= _LEAPS and r1 * size <= k.LONG * k.LINE
+    leaps = rows and r0 >= _LEAPS and r1 <= k.CHUNK
     far = axes.groups * axes.group_size * size >= _FAR
     across = leaps and far and size < 8 and k1 <= k.KNOWN
     if across:
@@ -412,6 +412,7 @@ class Numba(Backend):
             run(k.rows_backward_params, k.ALL, tasks, partial, shares, grads, rows)
             return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
+        by_run = span % r1 == 0 and k1 * r1 % (params * span) == 0  # each stretch has one parameter
         sums: Array | None = None
         if affine and work.rows and span > 1:
             pieces = -(-min(r1, span) // k.CHUNK) * max(1, span // r1)
@@ -421,11 +422,13 @@ class Numba(Backend):
             sums = np.empty((k0 * k1 * r1 // (params * span), params, pieces, 2))
         kernel = k.rows_backward if work.rows else k.columns_backward
         needs_sums = sums is not None or not frozen
-        if not needs_sums or work.scarce(self._pool):
+        across = work.across and by_run
+        if not needs_sums or across or work.scarce(self._pool):
             partial = None
             if needs_sums:
                 partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
-                run(kernel, k.SUMS, units * parts, partial, sums)
+                stage, tasks = work.sums if across else (k.SUMS, units * parts)
+                run(kernel, stage, tasks, partial, sums)
             run(kernel, k.APPLY, work.stretches, partial, sums)
         else:
             run(kernel, k.ALL, units, None, sums)

@@ -84,8 +84,8 @@ _STORED = {
 }
 DTYPES = tuple(_STORED)
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-LINE = 64  #: bytes of a cache line
-_SPARE = LINE // 2  #: elements that lanes may have, in any dtype
+_LINE = 64  #: bytes of a cache line
+_SPARE = _LINE // 2  #: elements that lanes may have, in any dtype
 _FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
 
 
@@ -165,9 +165,9 @@ class Lanes(types.Type):
     bfloat16 elements, the even ones are the first half: each shares a word with the next.
     """
 
-    def __init__(self, element: str, number: Any, paired: bool, count: int = LINE) -> None:
+    def __init__(self, element: str, number: Any, paired: bool, count: int = _LINE) -> None:
         self.element, self.number, self.paired = element, number, paired and element == "bfloat16"
-        self.count = min(count, LINE // _SIZES[element])
+        self.count = min(count, _LINE // _SIZES[element])
         super().__init__(f"normkit.Lanes({element}, {number}, {self.paired}, {self.count})")
 
     @property
@@ -188,7 +188,7 @@ class Lanes(types.Type):
 
     def mask(self, builder: Any, part: Any, places: list[int]) -> Any:
         """Whether each of `places` is in `part`: the first so many, or (so many before, count)."""
-        word = ir.IntType(8 * LINE // self.count)
+        word = ir.IntType(8 * _LINE // self.count)
 
         def splat(value: Any) -> Any:
             value = builder.trunc(value, word) if word.width < 64 else value
@@ -329,7 +329,7 @@ def _storing(streams: bool) -> Any:
             if signature.args[2] is not types.none:
                 done = _store_part(builder, lanes, value, at, count)
             else:
-                done = builder.store(value, at, align=LINE if streams else 1)
+                done = builder.store(value, at, align=_LINE if streams else 1)
             if streams:
                 one = builder.module.add_metadata([_word(1)])
                 done.set_metadata("nontemporal", one)
@@ -513,7 +513,7 @@ _define(operator.mul, "fmul")
 @intrinsic
 def per_line(typing: Any, like: Any) -> Any:
     """Elements to a cache line, or the number of lanes: known at compile time."""
-    count = like.count if isinstance(like, Lanes) else LINE // _SIZES[like.element]
+    count = like.count if isinstance(like, Lanes) else _LINE // _SIZES[like.element]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return ir.Constant(ir.IntType(64), count)
@@ -550,7 +550,7 @@ def past_line(typing: Any, pointer: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
         place = builder.ptrtoint(_element(builder, signature.args[0], *args), word)
-        past = builder.and_(place, ir.Constant(word, LINE - 1))
+        past = builder.and_(place, ir.Constant(word, _LINE - 1))
         return builder.udiv(past, ir.Constant(word, _SIZES[pointer.element]))
 
     return types.int64(pointer, types.int64), generate
@@ -613,7 +613,7 @@ def scratch(typing: Any, like: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
             memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size + 2 * _SPARE))
-            memory.align = LINE  # a vector of 512 bits then is in one cache line
+            memory.align = _LINE  # a vector of 512 bits then is in one cache line
         return builder.bitcast(builder.gep(memory, [_word(0), _word(_SPARE)]), _BYTE)
 
     return kind(like, count), generate
@@ -1238,6 +1238,22 @@ def _store_rest(to, make, like, at, end, dy, x, form):
         _store_some(to, make, like, at, (np.int64(0), end - at), *what, *form)
 
 
+@inline  # LLVM would keep `make`, an address of this process
+def _store_runs(to, make, first, size, count, ahead, streams, dy, x, table, i):
+    """Let `count` runs side by side be what ``make`` gives by numbers at i, i + 1 ... of tables."""
+    like, zero = lanes(x, real(x, 1.0)), np.int64(0)
+    at, end = first, first + count * size
+    if streams and past_line(to, end):
+        fetch(to, end + _to_rest(end - first, to) - 1)
+    before = form = lanes_of_each(table, zero, like)
+    for j in range(i, i + count):
+        before, form = form, lanes_of_each(table, j, like)
+        last = first + size
+        at = _store_run(to, make, like, at, first, last, ahead, streams, dy, x, before, form)
+        first = last
+    _store_rest(to, make, like, at, end, dy, x, form)
+
+
 # ------------------------------------------------------------------------------------------ moments
 @elementwise
 def _powers(i, count, like, at, x, shift, before, after):
@@ -1738,19 +1754,10 @@ def _apply_groups(call, run, first, size, stride, count, i, step, ahead, streams
 @plain
 def _apply_runs(x, y, first, size, run, count, i, ahead, streams, table):
     """The same of stretches side by side, of runs with one formula each."""
-    like, zero, runs = lanes(x, real(x, 1.0)), np.int64(0), max(1, size // run)
-    run, end = min(run, size), first + count * size
-    if streams and past_line(y, end):
-        fetch(y, end + _to_rest(end - first, y) - 1)
-    at = first
-    before = form = lanes_of_each(table, zero, like)
-    for j in range(i * runs, (i + count) * runs):
-        before, form = form, lanes_of_each(table, j, like)
-        at = _store_run(
-            y, _y_of, like, at, first, first + run, ahead, streams, None, x, before, form
-        )
-        first += run
-    _store_rest(y, _y_of, like, at, end, None, x, form)
+    runs = max(1, size // run)
+    _store_runs(
+        y, _y_of, first, min(run, size), count * runs, ahead, streams, None, x, table, i * runs
+    )
 
 
 @plain
@@ -2121,6 +2128,38 @@ def _row_grads(call, group, part, walk):
     return s, p * rstd
 
 
+@plain
+def _row_grads_across(call, task, s, p):
+    """`_row_grads` of one part of all groups side by side: stretch by stretch as in memory, each of
+    one parameter.
+    """
+    dy, x, gamma, sums, parts = call.dy, call.x, call.gamma, call.sums, call.parts
+    k0, r0, k1, r1, params, span = call.axes
+    sample, part = task // parts, task % parts
+    _fill(s, 0, k1, 0.0)
+    _fill(p, 0, k1, 0.0)
+    row, end = part * r0 // parts, (part + 1) * r0 // parts
+    at = (sample * r0 + row) * k1 * r1
+    index, end_of_run = _parameter(call.axes, at)
+    for stretch in range((sample * r0 + row) * k1, (sample * r0 + end) * k1):
+        i, last = stretch % k1, at + r1
+        mean, residual, rstd = _saved(call, sample * k1 + i)
+        factor, high, low, rstd = _centre(x, mean, residual, rstd)
+        ds, dp = _grad_sums(dy, x, at, last, factor, high, low, None, 0)
+        weight = np.float64(load(gamma, index))
+        store(s, i, load(s, i) + ds * weight)
+        store(p, i, load(p, i) + dp * weight * rstd)
+        if given(sums):
+            store(sums, 2 * stretch, dp * rstd)
+            store(sums, 2 * stretch + 1, ds)
+        index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, last)
+        at = last
+    for i in range(k1):
+        to = (sample * k1 + i) * parts + part
+        store(call.partial, 2 * to, load(s, i))
+        store(call.partial, 2 * to + 1, load(p, i))
+
+
 @inline
 def _line(call, s, p, low, rstd):
     """(slope, shift) of the part of dx that is linear in x*factor - high, over the factor."""
@@ -2147,22 +2186,22 @@ def _apply_grad_stretch(
 
 
 @elementwise
-def _grad_formulas(call, group, run, s, p, high, scale, slope, shift):
-    """Let dx of every `run` elements of a group be what `_dx_of` gives by numbers of the tables;
-    whether that takes float64 or a factor.
+def _grad_formulas(call, group, run, s, p, to, high, scale, slope, shift):
+    """Let dx of every `run` elements of a group's first stretch be what `_dx_of` gives by numbers
+    of the tables from `to` on; whether that takes float64 or a factor.
     """
     mean, residual, rstd = _saved(call, group)
     factor, h, low, r = _centre(call.x, mean, residual, rstd)
     a, b = _line(call, s, p, low, r)
     wide = factor != 1.0 if is_float64(call.x) else _extreme(rstd) | _unsafe(a)
-    at = group * call.axes[3]
+    at = _origin(call.axes, group)
     index, end_of_run = _parameter(call.axes, at)
-    for to in range(call.axes[3] // run):
+    for j in range(to, to + call.axes[3] // run):
         of_dy = r * load(call.gamma, index)
-        store(high, to, h)
-        store(scale, to, of_dy)
-        store(slope, to, a)
-        store(shift, to, b)
+        store(high, j, h)
+        store(scale, j, of_dy)
+        store(slope, j, a)
+        store(shift, j, b)
         wide |= _unsafe(of_dy) and not is_float64(call.x)
         index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, at + run)
         at += run
@@ -2180,6 +2219,7 @@ def rows_backward(pointer, first, last):
     table = (
         scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     )  # fmt: skip
+    table_of_s, table_of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     streams = _streams_rows(call.dx, 2, axes)
     walk = _walk(call, streams)
     if stage == SUMS:
@@ -2187,6 +2227,39 @@ def rows_backward(pointer, first, last):
             s, p = _row_grads(call, task // parts, task % parts, walk)
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, p)
+    elif stage == ACROSS:
+        for task in range(first, last):
+            _row_grads_across(call, task, table_of_s, table_of_p)
+    elif stage == APPLY and r0 > 1 and per_line(x) <= _run(x, axes, True) and k1 <= KNOWN:
+        ahead = _ahead_of_stretch(x, axes)
+        task, known, wides = first, np.int64(-1), 0
+        while task < last:
+            row, place, at = task // k1, task % k1, task * r1
+            count, group = min(k1 - place, last - task), row // r0 * k1
+            if group != known:
+                known, wides = group, 0
+                for i in range(k1):
+                    s = p = 0.0
+                    if not call.frozen:
+                        s, p = _sums_of_parts(call, group + i)
+                    store(table_of_s, i, s)
+                    store(table_of_p, i, p)
+                    wides += _grad_formulas(call, group + i, r1, s, p, i, *table)
+            if wides:
+                for i in range(place, place + count):
+                    index, end_of_run = _parameter(axes, at)
+                    mean, residual, rstd = _saved(call, group + i)
+                    s, p = load(table_of_s, i), load(table_of_p, i)
+                    _apply_grad_stretch(
+                        call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, ahead,
+                        streams,
+                    )  # fmt: skip
+                    at += r1
+            else:
+                _store_runs(
+                    call.dx, _dx_of, at, r1, count, ahead, streams, call.dy, x, table, place
+                )
+            task += count
     elif stage == APPLY:
         ahead = _ahead_of_stretch(x, axes)
         group, place, row, at = _find_stretch(axes, parts, first)
@@ -2216,7 +2289,7 @@ def rows_backward(pointer, first, last):
                     s += ds
                     p += dp
             at = _origin(axes, group)
-            if run >= per_line(x) and not _grad_formulas(call, group, run, s, p, *table):
+            if run >= per_line(x) and not _grad_formulas(call, group, run, s, p, none, *table):
                 for i in range(r1 // run):
                     before, form = form, lanes_of_each(table, i, like)
                     done = _store_run(
@@ -2246,7 +2319,7 @@ def rows_backward(pointer, first, last):
 @inline
 def grads_space(chunk):
     """Elements that dgamma, or dbeta, of a chunk of parameters takes, with lanes to spare."""
-    return (chunk + 2 * LINE - 1) // LINE * LINE
+    return (chunk + 2 * _LINE - 1) // _LINE * _LINE
 
 
 @plain
