@@ -25,6 +25,7 @@ LARGE: dict[str, Any] = {
     "group": (nk.group_norm, {"num_groups": 5}, (65, 64, 64), None),
     "group, channels last": (nk.group_norm, {"num_groups": 5}, (65, 64, 64), 1),
     "group, lines of channels": (nk.group_norm, {"num_groups": 6}, (96, 52, 53), 1),
+    "group, lines of many channels": (nk.group_norm, {"num_groups": 2}, (128, 48, 48), 1),
     "group, runs of 12 lines": (nk.group_norm, {"num_groups": 6}, (1344, 14, 14), None),
     "instance": (nk.instance_norm, {}, (97, 52, 53), None),
     "instance, 12 lines": (nk.instance_norm, {}, (1344, 14, 14), None),

@@ -23,9 +23,11 @@ _SHARED = 12  #: parts from which on sharing them, by three launches, is faster 
 _BLOCK = 1 << 12  #: elements that are worth a task without sums,
 _PREPARED = 3 << 12  #: and those of one that makes tables of its own
 _NEAR = 1 << 19  #: elements of a slab that a cache keeps
-_FAR = 1 << 22  #: bytes of x that are better read twice in the order of memory than once in leaps:
-_LEAPS = 16  #: that are so many, or more
-_PART_BYTES, _PARTS_ACROSS = 1 << 11, 16  #: of a group's data then, for less than 1 % of it in sums
+#: bytes of a sample that are better read twice in the order of memory than once in leaps, which
+#: are so many
+_FAR_BYTES, _LEAPS = 1 << 22, 16
+#: parts of all groups then, of so many bytes of each at least: their sums are below 1 % of that
+_LEAST_ACROSS, _PARTS_ACROSS, _PART_BYTES = 4, 16, 1 << 11
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _RUN = 1024  #: runs of parameters are repeated up to this length
@@ -45,7 +47,7 @@ class Work:
     tile: int  #: and then all of them so often, to make short vectors long
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
-    across: bool  #: whether forward sums a part of all groups before the next part
+    across: bool  #: whether a part of all groups is summed before the next part
     stretches: int  #: tasks of backward's APPLY stage
     blocks: int  #: parts of a group, or of a window of columns, in forward's APPLY stage
     windows: int  #: tasks of that
@@ -74,11 +76,15 @@ class Work:
         return threads > 1 and self.units < 4 * threads and self.units % threads > 0
 
     @property
-    def sums(self) -> tuple[int, int]:
-        """Stage and tasks of forward's sums by parts."""
+    def summing(self) -> tuple[int, int]:
+        """Stage and tasks of sums by parts."""
         if self.across:
             return k.ACROSS, self.axes.k0 * self.parts
         return k.SUMS, self.units * self.parts
+
+    def partial(self) -> Array:
+        """Memory for the sums of all parts, and what lanes of them may read beyond."""
+        return np.empty(self.units * self.parts * (2 if self.rows else k.PAIR) + k.SPARE)
 
     def by_parts(self, pool: Pool) -> bool:
         """Whether forward shares them: also where groups or slabs share rows, which memory gives
@@ -102,7 +108,8 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
     by_param = sums and span == 1  # columns then give what the parameters need
     if by_param and r0 == k1 == 1 and params <= k.SLAB and r1 > k.CHUNK:
         r0, r1 = r1 // params, params
-    rows = r0 == 1 or r1 >= (k.GIVEN if given and span % r1 == 0 else k.SHORT)
+    by_run = span % r1 == 0 and k1 * r1 % (params * span) == 0  # each stretch has one parameter
+    rows = r0 == 1 or r1 >= (k.GIVEN if given and by_run else k.SHORT)
     if by_param and r0 > 1 and r1 <= k.SLAB and k1 * r1 % params == 0:
         rows = False
     repeat = tile = 1
@@ -121,12 +128,12 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
         units, elements = k0 * -(-k1 // groups), r0 * min(k1 * r1, k.SLAB)
     most = elements if rows else min(r0, max(_FEW_PARTS, r0 // _PART_ROWS))
     parts = max(1, min(_MOST_PARTS, 4 * (elements // _PART), most))
-    size = dtype.itemsize
-    leaps = rows and r0 >= _LEAPS and r1 <= k.CHUNK
-    far = axes.groups * axes.group_size * size >= _FAR
-    across = leaps and far and size < 8 and k1 <= k.KNOWN
+    size = dtype.itemsize if dtype != np.float64 else 0  # whose sums read x twice anyway
+    leaps = rows and not given and r0 >= _LEAPS and r1 <= k.CHUNK and k1 <= k.KNOWN
+    most = min(_PARTS_ACROSS, r0 * r1 * size // _PART_BYTES)
+    across = leaps and most >= _LEAST_ACROSS and r0 * k1 * r1 * size >= _FAR_BYTES
     if across:
-        parts = min(_PARTS_ACROSS, r0 * r1 * size // _PART_BYTES)
+        parts = most
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
     stretches = units * (r0 if rows and r0 > 1 else parts)
@@ -356,10 +363,10 @@ class Numba(Backend):
     ) -> None:
         """Moments, the parts of a unit shared by threads."""
         units, parts = work.units, work.parts
-        partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
+        partial = work.partial()
         arrays = (x, None, None, None, *stats, partial, *running)
         for again in range(2 if work.real == np.float64 and center else 1):
-            for stage, tasks in (work.sums, (k.FINISH, units)):
+            for stage, tasks in (work.summing, (k.FINISH, units)):
                 call = (*arrays, work.axes, eps, center, stage, again, parts)
                 self._pool.run(work.forward, call, tasks, work.elements)
 
@@ -426,8 +433,8 @@ class Numba(Backend):
         if not needs_sums or across or work.scarce(self._pool):
             partial = None
             if needs_sums:
-                partial = np.empty(units * parts * (2 if work.rows else k.PAIR))
-                stage, tasks = work.sums if across else (k.SUMS, units * parts)
+                partial = work.partial()
+                stage, tasks = work.summing if across else (k.SUMS, units * parts)
                 run(kernel, stage, tasks, partial, sums)
             run(kernel, k.APPLY, work.stretches, partial, sums)
         else:
@@ -484,7 +491,7 @@ class Numba(Backend):
         found = []
         if operation not in ("normalize", "infer"):
             if by_parts:
-                found.append(step("sums", work.sums[1], "part"))
+                found.append(step("sums", work.summing[1], "part"))
             found.append(step("statistics", work.units, unit))
             if by_parts and work.real == np.float64 and options["center"]:
                 found *= 2  # about an element, then about the mean

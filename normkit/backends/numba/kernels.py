@@ -85,7 +85,7 @@ _STORED = {
 DTYPES = tuple(_STORED)
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  #: bytes of a cache line
-_SPARE = _LINE // 2  #: elements that lanes may have, in any dtype
+SPARE = _LINE // 2  #: elements that lanes may have in any dtype: scratch memory has more by them
 _FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
 
 
@@ -248,8 +248,9 @@ def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> 
     """Elements from `index` on, `count` or with None all, as numbers of the type of lanes `like`
     and in their order; a number instead of a pointer in all lanes, or such lanes as they are.
 
-    Lanes of scratch memory are always all loaded, as it has some to spare: where those left out
-    are of a page that was never used, processors take hundreds of cycles to find no fault is due.
+    Lanes of scratch memory, the backend's own or the stack's, are always all loaded, as it has some
+    to spare: where those left out are of a page that was never used, processors take hundreds of
+    cycles to find no fault is due.
     """
 
     def convert(builder: Any, value: Any, number: Any) -> Any:
@@ -612,9 +613,9 @@ def scratch(typing: Any, like: Any, count: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
-            memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size + 2 * _SPARE))
+            memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size + 2 * SPARE))
             memory.align = _LINE  # a vector of 512 bits then is in one cache line
-        return builder.bitcast(builder.gep(memory, [_word(0), _word(_SPARE)]), _BYTE)
+        return builder.bitcast(builder.gep(memory, [_word(0), _word(SPARE)]), _BYTE)
 
     return kind(like, count), generate
 
@@ -842,8 +843,8 @@ STRIP = 64  #: columns that are summed, of a few rows at once, before others are
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
 #: elements of rows below which eight are summed at a time: only of few, if loading parts is slow
 SHORT_ROW = 32 if _has_masks(ir.IntType(16)) else _FEW + 1
-SHORT = 64  #: stretches of fewer elements are columns, if there are several rows: they are summed,
-GIVEN = 32  #: and the same where their statistics are given
+SHORT = 64  #: stretches of fewer elements are columns, if there are several rows
+GIVEN = 32  #: the same where no sums are needed, since the statistics are given
 SLAB = 256  #: columns that one task of the columns family sums side by side
 WINDOW = 2048  #: columns that it gives results of: long pieces of rows are what memory likes
 #: all columns of the groups that those may belong to; tables a power of two long would evict each
@@ -852,7 +853,8 @@ TABLE = WINDOW + 2 * SHORT
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
 ROW_LIMIT = 4096  #: parameters that a thread widens for itself, on its stack
-KNOWN = 2048 + 2 * SHORT  #: groups whose formulas are kept while rows meet them again
+#: groups side by side, or runs of one, whose formulas are kept: rows meet the groups again
+KNOWN = 2048 + 2 * SHORT
 ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at once, in the cache
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
@@ -1053,14 +1055,14 @@ def _streams(to, reads, axes, whole, least):
 
 
 @inline
-def _streams_rows(to, reads, axes):
-    """The same of rows: not in short runs of elements that share a line with others."""
+def _streams_rows(to, reads, axes, in_order):
+    """The same of rows: not in short runs of elements that share a line with others, unless
+    `_store_runs` goes through all of them in the order of memory.
+    """
     k0, r0, k1, r1, params, span = axes
     run = min(r1, params if span == 1 and params > 1 else span)
     odd = run % per_line(to) != 0 or r1 % per_line(to) != 0
-    least = SHORTEST if odd else SHORTEST // 2
-    if span > 1 and (r0 == 1 or reads == 1):
-        least = 1  # `_store_run` makes whole lines of several
+    least = 1 if in_order else SHORTEST if odd else SHORTEST // 2
     whole = run >= least * per_line(to)
     return _streams(to, reads, axes, whole, IN_ORDER if reads == 1 else STREAMED)
 
@@ -1360,7 +1362,7 @@ def _part_sums(call, group, part, shift, before, after):
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
     ahead = _ahead_of_sums(None, x, axes)
-    writes = given(y) and r0 * r1 <= STAYS and not _streams_rows(y, _reads(call.stage), axes)
+    writes = given(y) and r0 * r1 <= STAYS and not _streams_rows(y, _reads(call.stage), axes, False)
     s = q = 0.0
     for _ in range(count):
         first, last = origin + at, origin + min(at + CHUNK, r1)
@@ -1855,8 +1857,9 @@ def rows_forward(pointer, first, last):
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
-    streams = _streams_rows(call.y, _reads(stage), axes)
     run = _run(x, axes, stage == ALL or parts == 1)
+    in_order = run >= per_line(x) and (r0 == 1 or stage == APPLY)
+    streams = _streams_rows(call.y, _reads(stage), axes, in_order)
     # Whether `_formulas` serve: of runs, or where elements with a parameter each follow each other.
     uniform = run > 0 or (span == 1 and params % r1 == 0)
     rounds = 2 if is_float64(x) and call.center else 1
@@ -1930,7 +1933,7 @@ def rows_forward(pointer, first, last):
                         if stage == FINISH:
                             s, q = _sums_of_parts(call, begin + i)
                         else:
-                            about = load(shift, i) if is_float64(x) else 0.0
+                            about = load(shift, i) if is_float64(x) else 0.0  # LLVM then knows it
                             s, q = _group_sums(call, begin + i, about, 1.0, 1.0)
                         store(sums, i, s)
                         store(sums, SLAB + i, q)
@@ -2220,7 +2223,9 @@ def rows_backward(pointer, first, last):
         scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     )  # fmt: skip
     table_of_s, table_of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
-    streams = _streams_rows(call.dx, 2, axes)
+    run = _run(x, axes, stage != APPLY or r0 > 1)
+    in_order = run >= per_line(x) and (r0 == 1 or (stage == APPLY and k1 <= KNOWN))
+    streams = _streams_rows(call.dx, 2, axes, in_order)
     walk = _walk(call, streams)
     if stage == SUMS:
         for task in range(first, last):
@@ -2230,7 +2235,7 @@ def rows_backward(pointer, first, last):
     elif stage == ACROSS:
         for task in range(first, last):
             _row_grads_across(call, task, table_of_s, table_of_p)
-    elif stage == APPLY and r0 > 1 and per_line(x) <= _run(x, axes, True) and k1 <= KNOWN:
+    elif stage == APPLY and r0 > 1 and in_order:
         ahead = _ahead_of_stretch(x, axes)
         task, known, wides = first, np.int64(-1), 0
         while task < last:
@@ -2278,7 +2283,7 @@ def rows_backward(pointer, first, last):
     else:
         fixed, later = _by_column(axes), _ahead_of_result(x, axes)
         like, none = lanes(x, zero), np.int64(0)
-        run = _run(x, axes, True) if r0 == 1 else none
+        run = run if r0 == 1 else none
         done = first * r1  # what is stored of groups side by side, by `form` last
         before = form = lanes_of_each(table, none, like)
         for group in range(first, last):
@@ -2501,9 +2506,9 @@ def _side_by_side(axes, columns, most):
 @inline
 def _most(x, axes, streams):
     """Columns of a result that are stored at once: where rows are no whole lines, runs that are
-    streamed had better be long.
+    streamed had better be long, but their tables near.
     """
-    return WINDOW if streams and axes[2] * axes[3] % per_line(x) else SLAB
+    return WINDOW // 2 if streams and axes[2] * axes[3] % per_line(x) else SLAB
 
 
 @elementwise
@@ -2848,7 +2853,7 @@ def _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form)
     _, _, _, _, origin = slab
     stride, like = k1 * r1, lanes_in_order(x, form[1])
     folded = _by_column(axes)
-    # `_streams` is for folded parameters only.
+    # `_streams_columns` is for folded parameters only.
     many = _side_by_side(axes, stop, _most(x, axes, streams)) if folded and begin == 0 else 1
     while row < end:
         if row + many > end:
