@@ -895,8 +895,8 @@ def _own_param(call, param, kind, buffer):
     if significand(call.x) < 24 and call.kinds & kind:
         memory, count = own(buffer), call.axes[4]
         _copy_run(as_elements(param, call.x), 0, memory, 0, count)
-        store(memory, -1, 0.0)  # whose pages parts of lanes may touch, as in `load_lanes`
-        store(memory, count, 0.0)
+        _fill(memory, -SPARE, 0, 0.0)  # whose pages parts of lanes may touch: see `load_lanes`
+        _fill(memory, count, count + SPARE, 0.0)
         return as_input(buffer)
     return param
 
