@@ -129,11 +129,12 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
     most = elements if rows else min(r0, max(_FEW_PARTS, r0 // _PART_ROWS))
     parts = max(1, min(_MOST_PARTS, 4 * (elements // _PART), most))
     size = dtype.itemsize if dtype != np.float64 else 0  # whose sums read x twice anyway
-    leaps = rows and not given and r0 >= _LEAPS and r1 <= k.CHUNK and k1 <= k.KNOWN
-    most = min(_PARTS_ACROSS, r0 * r1 * size // _PART_BYTES)
-    across = leaps and most >= _LEAST_ACROSS and r0 * k1 * r1 * size >= _FAR_BYTES
+    leaps = rows and by_run and r0 >= _LEAPS and r1 <= k.CHUNK and k1 <= k.KNOWN
+    parts_across = min(_PARTS_ACROSS, r0 * r1 * size // _PART_BYTES)
+    far = parts_across >= _LEAST_ACROSS and r0 * k1 * r1 * size >= _FAR_BYTES
+    across = leaps and far and not given
     if across:
-        parts = most
+        parts = parts_across
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
     stretches = units * (r0 if rows and r0 > 1 else parts)
@@ -419,7 +420,6 @@ class Numba(Backend):
             run(k.rows_backward_params, k.ALL, tasks, partial, shares, grads, rows)
             return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
-        by_run = span % r1 == 0 and k1 * r1 % (params * span) == 0  # each stretch has one parameter
         sums: Array | None = None
         if affine and work.rows and span > 1:
             pieces = -(-min(r1, span) // k.CHUNK) * max(1, span // r1)
@@ -429,13 +429,11 @@ class Numba(Backend):
             sums = np.empty((k0 * k1 * r1 // (params * span), params, pieces, 2))
         kernel = k.rows_backward if work.rows else k.columns_backward
         needs_sums = sums is not None or not frozen
-        across = work.across and by_run
-        if not needs_sums or across or work.scarce(self._pool):
+        if not needs_sums or work.across or work.scarce(self._pool):
             partial = None
             if needs_sums:
                 partial = work.partial()
-                stage, tasks = work.summing if across else (k.SUMS, units * parts)
-                run(kernel, stage, tasks, partial, sums)
+                run(kernel, *work.summing, partial, sums)
             run(kernel, k.APPLY, work.stretches, partial, sums)
         else:
             run(kernel, k.ALL, units, None, sums)
