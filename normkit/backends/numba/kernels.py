@@ -31,13 +31,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
-from numba import cfunc, get_num_threads, njit, prange, types
+from llvmlite.binding import get_host_cpu_features
+from numba import cfunc, njit, prange, types
 from numba.core import cgutils, config
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, unbox
+
+from normkit.backends.numba.threads import start
 
 _BYTE = ir.IntType(8).as_pointer()
 _INPUTS, _SCRATCH = "normkit.inputs", "normkit.scratch"
@@ -830,9 +832,7 @@ CHUNK = 4096  #: elements of a stretch that are summed, or of a parameter that a
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
-AMD = get_host_cpu_name().startswith("znver")  #: whether the processor is one of AMD's
 STREAMED = 1 << 19  #: cache lines read and written, 32 MiB, of which caches would keep too few
-KEPT = 1 << 18  #: elements of a unit, summed, that the second cache still has
 IN_ORDER = 5 << 17  #: the same, 40 MiB, where x is read once and y written in the order of memory
 #: cache lines of a run that is streamed (half, if they are whole), or whose next is asked for
 SHORTEST = 8
@@ -983,11 +983,8 @@ def _far(x, axes):
 
 @inline
 def _late(x, axes):
-    """Whether data read in their order are to be asked for.
-
-    AMD's processors fetch halves in time by themselves.
-    """
-    return _far(x, axes) and not (AMD and significand(x) < 24)
+    """Whether data read in their order are to be asked for. Halves are fetched in time without."""
+    return _far(x, axes) and significand(x) >= 24
 
 
 @inline
@@ -1016,15 +1013,9 @@ def _ahead_of_sums(dy, x, axes):
 
 @inline
 def _ahead_of_result(x, axes):
-    """Prefetch distance of what is written after a group's sums: to the next, if it is small.
-
-    For float32 only: the arithmetic of the others takes longer than memory.
-    """
+    """Prefetch distance of what is written after the sums of a group that is not near any more."""
     k0, r0, k1, r1, params, span = axes
-    if r0 * r1 > STAYS:
-        return k1 * r1 if _leaps(x, axes) else 0
-    pays = not AMD and r0 == 1 and SHORTEST * per_line(x) < r1 <= NEAR
-    return r1 if pays and significand(x) == 24 and _far(x, axes) else 0
+    return k1 * r1 if r0 * r1 > STAYS and _leaps(x, axes) else 0
 
 
 @inline
@@ -1046,19 +1037,17 @@ def _fetch_early(pointer, first, last):
 # What is written past the caches need not be read first, a third of the traffic. It pays where the
 # result would not stay in them.
 @inline
-def _streams(to, reads, unit, axes, whole, least):
+def _streams(to, reads, axes, whole, least):
     """Whether to write a result past the caches, data of its size having been read so often: from
-    so many lines on, and not where many would be written in parts. If the processor is not one
-    of AMD's, neither of halves, nor where the sums of a small `unit` have just fetched it.
+    so many lines on, and not where many would be written in parts.
     """
     k0, r0, k1, r1, params, span = axes
     many = (reads + 1) * k0 * r0 * k1 * r1 >= least * per_line(to)
-    gains = AMD or (significand(to) >= 24 and not 0 < unit <= KEPT)
-    return many and whole and is_aligned(to) and gains
+    return many and whole and is_aligned(to)
 
 
 @inline
-def _streams_rows(to, reads, stage, axes, in_order):
+def _streams_rows(to, reads, axes, in_order):
     """The same of rows: not in short runs of elements that share a line with others, unless
     `_store_runs` goes through all of them in the order of memory.
     """
@@ -1067,19 +1056,17 @@ def _streams_rows(to, reads, stage, axes, in_order):
     odd = run % per_line(to) != 0 or r1 % per_line(to) != 0
     least = 1 if in_order else SHORTEST if odd else SHORTEST // 2
     whole = run >= least * per_line(to)
-    unit = 0 if stage == APPLY else r0 * r1
-    return _streams(to, reads, unit, axes, whole, IN_ORDER if reads == 1 else STREAMED)
+    return _streams(to, reads, axes, whole, IN_ORDER if reads == 1 else STREAMED)
 
 
 @inline
-def _streams_columns(to, reads, stage, axes):
+def _streams_columns(to, reads, axes):
     """The same of columns: only if those with the same parameters are whole lines long, or many are
     stored at once.
     """
     k0, r0, k1, r1, params, span = axes
     whole = _by_column(axes) and (k1 * r1 <= SLAB or k1 * r1 % per_line(to) == 0)
-    unit = 0 if stage == APPLY else r0 * min(k1 * r1, SLAB)
-    return _streams(to, reads, unit, axes, whole, STREAMED)
+    return _streams(to, reads, axes, whole, STREAMED)
 
 
 # A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
@@ -1367,8 +1354,7 @@ def _part_sums(call, group, part, shift, before, after):
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
     ahead = _ahead_of_sums(None, x, axes)
-    streams = _streams_rows(y, _reads(call.stage), call.stage, axes, False)
-    writes = given(y) and r0 * r1 <= STAYS and not streams
+    writes = given(y) and r0 * r1 <= STAYS and not _streams_rows(y, _reads(call.stage), axes, False)
     s = q = 0.0
     for _ in range(count):
         first, last = origin + at, origin + min(at + CHUNK, r1)
@@ -1865,7 +1851,7 @@ def rows_forward(pointer, first, last):
     table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     run = _run(x, axes, stage == ALL or parts == 1)
     in_order = run >= per_line(x) and (r0 == 1 or stage == APPLY)
-    streams = _streams_rows(call.y, _reads(stage), stage, axes, in_order)
+    streams = _streams_rows(call.y, _reads(stage), axes, in_order)
     # Whether `_formulas` serve: of runs, or where elements with a parameter each follow each other.
     uniform = run > 0 or (span == 1 and params % r1 == 0)
     rounds = 2 if is_float64(x) and call.center else 1
@@ -2231,7 +2217,7 @@ def rows_backward(pointer, first, last):
     table_of_s, table_of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     run = _run(x, axes, stage != APPLY or r0 > 1)
     in_order = run >= per_line(x) and (r0 == 1 or (stage == APPLY and k1 <= KNOWN))
-    streams = _streams_rows(call.dx, 2, stage, axes, in_order)
+    streams = _streams_rows(call.dx, 2, axes, in_order)
     walk = _walk(call, streams)
     if stage == SUMS:
         for task in range(first, last):
@@ -2915,7 +2901,7 @@ def columns_forward(pointer, first, last):
     low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     one = np.float32(1.0)
     narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
-    streams = _streams_columns(call.y, _reads(stage), stage, call.axes)
+    streams = _streams_columns(call.y, _reads(stage), call.axes)
     rounds = 2 if is_float64(x) and call.center else 1
     ready, count = -1, 0
     for task in range(first, last):
@@ -3114,7 +3100,7 @@ def columns_backward(pointer, first, last):
     narrow = (
         scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
     )  # fmt: skip
-    step, streams = _step(call.axes), _streams_columns(call.dx, 2, stage, call.axes)
+    step, streams = _step(call.axes), _streams_columns(call.dx, 2, call.axes)
     for task in range(first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
@@ -3368,7 +3354,7 @@ class Compiled:
     @cached_property
     def share(self) -> Any:
         """``share(address, call, tasks)``; Numba's threads start with the first use."""
-        get_num_threads()  # starts them, which what is read from disk may fail to do
+        start()  # which what is read from disk may fail to do
         return _entry(enter_parallel, types.int64, self._call, types.int64)
 
 

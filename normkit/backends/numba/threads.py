@@ -3,6 +3,11 @@
 Numba's "workqueue" layer aborts the process when two threads enter it at once, and a child forked
 after OpenMP's pool was started is killed when it uses it. Both are met by doing without: only one
 thread at a time spreads its work, and a forked child never does. The bits do not depend on it.
+
+GCC's OpenMP has threads that wait for more work spin for 7 ms and longer. NumPy's matrix products
+have threads of their own, as many as there are processors: then two threads take turns on each, a
+scheduler's turn being milliseconds, and both libraries become slower by up to 100 times. So threads
+are to sleep soon, and to be woken only by work that is worth it.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +25,31 @@ import numpy as np
 #: elements of work from which on threads pay, by threading layer: a region costs about 2 us under
 #: OpenMP and TBB, 85 us under workqueue
 _PAYS = {"omp": 1 << 15, "tbb": 1 << 15, "workqueue": 1 << 20}
+_SPINS = "4000"  #: turns, of some 20 ns, in which GCC's OpenMP waits before a thread sleeps
+_AWAKE = 60e-6  #: seconds after a call in which its threads have not yet gone to sleep
+_WAKES = 1 << 19  #: elements of work that are worth waking them, which takes 30 to 100 us
+_BUSY = 8  #: calls that follow each other, more than any norm makes, after which more are expected
+
+
+@cache
+def start() -> str:
+    """Start Numba's threads; their threading layer."""
+    spins = "GOMP_SPINCOUNT"
+    free = {spins, "OMP_WAIT_POLICY"}.isdisjoint(os.environ)
+    if free:  # nobody else has a say: OpenMP reads it while it is loaded, and never again
+        os.environ[spins] = _SPINS
+    try:
+        numba.get_num_threads()
+    finally:
+        if free:
+            del os.environ[spins]
+    return str(numba.threading_layer())  # type: ignore[attr-defined]
+
+
+def count() -> int:
+    """Numba's threads, which are started if need be; 0.7 us to ask."""
+    start()
+    return int(numba.get_num_threads())
 
 
 class Pool:
@@ -26,8 +57,9 @@ class Pool:
 
     def __init__(self) -> None:
         self._entered = threading.Lock()
-        self._measured = self._lost = False
+        self._lost = False
         self._pays = _PAYS["omp"]
+        self._ended, self._close = 0.0, 0  # the last call's end; calls before that were close
         os.register_at_fork(after_in_child=self._forked)
 
     def _forked(self) -> None:
@@ -37,37 +69,39 @@ class Pool:
     def _shares(self, elements: int) -> bool:
         """Whether to share work on so many elements."""
         many: bool = numba.config.NUMBA_NUM_THREADS > 1  # type: ignore[attr-defined]
-        return elements >= self._pays and many and not self._lost
+        pays = self._pays if self._close >= _BUSY else max(self._pays, _WAKES)
+        return elements >= pays and many and not self._lost
 
     def threads(self, elements: int) -> int:
-        """How many threads share work on so many elements; 0.7 us to ask Numba."""
-        return int(numba.get_num_threads()) if self._shares(elements) else 1
+        """How many threads share work on so many elements."""
+        return count() if self._shares(elements) else 1
 
     def run(self, kernel: Any, call: tuple[Any, ...], tasks: int, elements: int) -> None:
         """Run all tasks of a compiled kernel, which work on so many elements."""
-        if tasks > 1 and self._shares(elements) and self._entered.acquire(blocking=False):
+        if tasks == 1 or elements < self._pays:
+            kernel.run(kernel.address, call, tasks)
+            return
+        self._close = self._close + 1 if perf_counter() - self._ended < _AWAKE else 0
+        if self._shares(elements) and self._entered.acquire(blocking=False):
             try:
+                self._pays = _PAYS[start()]
                 kernel.share(kernel.address, call, tasks)
-                if not self._measured:
-                    self._measured = True
-                    self._pays = _PAYS[numba.threading_layer()]  # type: ignore[attr-defined]
             finally:
                 self._entered.release()
         else:
             kernel.run(kernel.address, call, tasks)
+        self._ended = perf_counter()
 
     def about(self) -> dict[str, str]:
-        """Numba's threading layer and its threads, which it starts if need be."""
+        """Numba's threading layer and its threads."""
         if self._lost:
             return {"threads": "1 (a forked child has no others)"}
-        threads = numba.get_num_threads()
-        layer = numba.threading_layer()  # type: ignore[attr-defined]
-        return {"threading layer": layer, "threads": str(threads)}
+        return {"threading layer": start(), "threads": str(count())}
 
     def copy_seconds(self, size: int) -> float:
         """How long NumPy needs, on one thread or on all, for a copy that moves so many bytes."""
         a, b = np.ones(max(1, size // 16)), np.ones(max(1, size // 16))
-        threads = 1 if self._lost else numba.get_num_threads()
+        threads = 1 if self._lost else count()
         shares = list(zip(np.array_split(b, threads), np.array_split(a, threads), strict=True))
         alone, together = [], []
         with ThreadPoolExecutor(threads) as pool:
