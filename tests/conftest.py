@@ -18,7 +18,16 @@ import normkit as nk
 from normkit import dispatch
 from normkit.backends.cuda import Cuda
 from normkit.backends.cuda.planner import Limits
+from normkit.backends.numba import threads
 from normkit.dispatch import load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eager_threads() -> Iterator[None]:
+    """Wake threads for as little work as they share when they are awake."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threads, "_WAKES", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Right results, no abort and no hang with threads and processes, under either threading layer."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threads_script
 from cases import same_bits
 
 import normkit as nk
+from normkit.backends.numba import threads
 
 LAYERS = [
     pytest.param(
@@ -91,13 +93,13 @@ def test_one_thread_gives_the_bits_of_all(
         y_again = norm(again.get("out", x), gamma, beta, **options, **again)
         return [y, *pullback(dy), *running, y_again]
 
-    threads, found = numba.get_num_threads(), []
+    every, found = numba.get_num_threads(), []
     try:
-        for count, out in ((threads, False), (1, False), (threads, True)):
+        for count, out in ((every, False), (1, False), (every, True)):
             numba.set_num_threads(count)
             found.append(run(out))
     finally:
-        numba.set_num_threads(threads)
+        numba.set_num_threads(every)
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert same_bits(a, b)
@@ -107,3 +109,66 @@ def test_one_thread_gives_the_bits_of_all(
     np.testing.assert_allclose(found[0][0].astype("f8"), exact[0].astype("f8"), close, close)
     for a, b in zip(found[0][4:6], exact[4:6], strict=True):
         np.testing.assert_allclose(a, b, 1e-5)
+
+
+class Recorder:
+    """A kernel that records whether it ran on one thread or on several."""
+
+    address = 0
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    def run(self, *_: Any) -> None:
+        self.ran.append("alone")
+
+    def share(self, *_: Any) -> None:
+        self.ran.append("shared")
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """``recorded(gap, *elements)``: how calls on so much work ran, with `gap` seconds between."""
+    now = itertools.count(1 << 20)
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 2)
+    monkeypatch.setattr(threads, "start", lambda: "omp")
+    monkeypatch.setattr(threads, "_WAKES", 1 << 19)
+
+    def record(gap: float, *elements: int) -> list[str]:
+        monkeypatch.setattr(threads, "perf_counter", lambda: next(now) * gap)
+        pool, kernel = threads.Pool(), Recorder()
+        for count in elements:
+            pool.run(kernel, (), 2, count)
+        return kernel.ran
+
+    return record
+
+
+def test_sleeping_threads_are_woken_for_much_work_only(recorded: Callable[..., list[str]]) -> None:
+    few, many = 1 << 15, 1 << 19
+    assert recorded(1e-3, *[few] * 20, many, few) == ["alone"] * 20 + ["shared", "alone"]
+
+
+def test_calls_that_follow_each_other_are_shared(recorded: Callable[..., list[str]]) -> None:
+    few = 1 << 15
+    assert recorded(1e-6, *[few] * 10, few - 1) == ["alone"] * 8 + ["shared"] * 2 + ["alone"]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "passive"}])
+def test_the_environment_stays_as_it_was(
+    chosen: dict[str, str], python: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What OpenMP reads from it is nobody else's business, and a user's choice comes first."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    code = """if 1:
+        import os, numba, numpy as np, normkit as nk
+        seen, ask = [], numba.get_num_threads
+        numba.get_num_threads = lambda: seen.append(os.environ.get("GOMP_SPINCOUNT")) or ask()
+        before = dict(os.environ)
+        nk.layer_norm(np.ones((1024, 1024), "float32"))
+        assert dict(os.environ) == before
+        print(seen[0])"""
+    run = python("-c", code, **chosen)
+    expected = chosen.get("GOMP_SPINCOUNT", "None") if chosen else threads._SPINS
+    assert run.stdout.split() == [expected], run.stderr
