@@ -662,6 +662,24 @@ def test_nan_and_inf_stay_in_their_group(case: Case, dtype: str, backend: str, x
             assert not np.isfinite(a[touched]).all(), (name, value)
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-7, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_of_halves_that_float32_loses(dtype: str, value: float, backend: str, xp: Any) -> None:
+    """They are made again in float64, and those of other channels are not."""
+    rng = np.random.default_rng(3)
+    x, dy = (rng.standard_normal((70, 21), "float32").astype(dtype) for _ in range(2))
+    _, pullback = nk.vjp(nk.batch_norm, xp.asarray(x))
+    clean = numpy(pullback(xp.asarray(dy)).x)
+    dy[:, 5] = value
+    found = pullback(xp.asarray(dy))
+    dx, others = numpy(found.x), np.arange(21) != 5
+    assert dx[:, others].tobytes() == clean[:, others].tobytes()
+    if math.isfinite(value):
+        assert abs(dx[:, 5].astype("float32")).max() <= 4 * value
+    else:
+        assert np.isnan(dx[:, 5]).all()
+
+
 @pytest.mark.parametrize("case", [c for c in ONE_OF_EACH if c.name != "batch_renorm"], ids=str)
 def test_nan_in_dy_stays_in_its_group(case: Case, backend: str, xp: Any) -> None:
     inputs = case.inputs("float32")

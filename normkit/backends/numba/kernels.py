@@ -828,6 +828,7 @@ inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
 NARROW = 512  #: products of halves that float32 adds up before they enter a float64 sum
+MANY = 32  #: rows of columns from which on it adds up theirs, a few at a time
 CHUNK = 4096  #: elements of a stretch that are summed, or of a parameter that are widened, at once
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
@@ -2958,9 +2959,49 @@ def columns_forward(pointer, first, last):
 
 
 # -------------------------------------------------------------------------------- columns: backward
-@plain
+@inline
 def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     """Gradient sums of one part of a slab; weighted by gamma if that differs between rows."""
+    if significand(call.dy) < 24 and significand(call.x) < 24 and call.axes[1] >= MANY:
+        _narrow_column_grads(call, unit, part, factor, high, low, sums, to)
+    else:
+        _add_column_grads(call, unit, part, 0.0, factor, high, low, sums, to)
+
+
+@reduction
+def _lost_grads(high, columns, sums, to):
+    """How many columns' sums in float32, about `high`, may have lost what float64 holds."""
+    lost = 0
+    for j in range(columns):
+        h, s, p = load(high, j), load(sums, to + j), load(sums, to + SLAB + j)
+        lost += not (np.float64(np.float32(h)) == h and _in_range(s, p))
+    return lost
+
+
+@plain
+def _narrow_column_grads(call, unit, part, factor, high, low, sums, to):
+    """`_column_grad_sums` of halves: in float32, and again in float64 where that lost any."""
+    _, _, _, columns, _ = _slab(call.axes, unit)
+    zero = np.float32(0.0)
+    about, wide = scratch(zero, SLAB), scratch(0.0, PAIR)
+    for j in range(SLAB):
+        store(about, j, np.float32(load(high, j)))
+    _add_column_grads(call, unit, part, zero, factor, about, zero, sums, to)
+    again = _lost_grads(high, columns, sums, to) > 0
+    if again:
+        _add_column_grads(call, unit, part, 0.0, factor, high, low, wide, 0)
+    for j in range(columns):
+        if again and _lost_grads(moved(high, j), 1, sums, to + j):
+            store(sums, to + j, load(wide, j))
+            store(sums, to + SLAB + j, load(wide, SLAB + j))
+        else:
+            p = load(sums, to + SLAB + j)
+            store(sums, to + SLAB + j, p - load(low, j) * load(sums, to + j))
+
+
+@plain
+def _add_column_grads(call, unit, part, zero, factor, high, low, sums, to):
+    """`_column_grad_sums`, every four rows being added up in the type of `zero`."""
     dy, x, axes = call.dy, call.x, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, columns, origin = _slab(axes, unit)
@@ -2968,7 +3009,7 @@ def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     stride, many = k1 * r1, _side_by_side(axes, columns, SLAB)
     ahead = _far(x, axes)
     _clear_pair(sums, to, many * columns)
-    like, wide = lanes_of_sums(x, 0.0), many * columns
+    like, wide = lanes_of_sums(x, zero), many * columns
     begin, four, alone = np.int64(0), np.int64(4), np.int64(1)  # and not literals, as above
     strip = STRIP if ahead else wide
     if _by_column(axes):
