@@ -61,7 +61,9 @@ def _shared_copy() -> Callable[[Array, Array], None]:
     """Copy by all of Numba's threads."""
     import numba
 
-    tasks = numba.get_num_threads()
+    from normkit.backends.numba.threads import count_threads
+
+    tasks = count_threads()
 
     @numba.njit(parallel=True)
     def copy(target: Array, source: Array) -> None:

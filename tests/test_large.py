@@ -1,7 +1,6 @@
 """Results larger than the caches must have the bits of small ones.
 
-Where the processor gains from it (`kernels._streams`), whole cache lines of them are written past
-the caches; elsewhere only memory is asked for in another way.
+Whole cache lines of them are written past the caches, and memory is asked for in another way.
 """
 
 from typing import Any

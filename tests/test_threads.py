@@ -131,7 +131,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """``recorded(gap, *elements)``: how calls on so much work ran, with `gap` seconds between."""
     now = itertools.count(1 << 20)
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 2)
-    monkeypatch.setattr(threads, "start", lambda: "omp")
+    monkeypatch.setattr(threads, "start_threads", lambda: "omp")
     monkeypatch.setattr(threads, "_WAKES", 1 << 19)
 
     def record(gap: float, *elements: int) -> list[str]:
@@ -169,6 +169,6 @@ def test_the_environment_stays_as_it_was(
         nk.layer_norm(np.ones((1024, 1024), "float32"))
         assert dict(os.environ) == before
         print(seen[0])"""
-    run = python("-c", code, **chosen)
+    run = python("-c", code, NUMBA_NUM_THREADS="2", **chosen)
     expected = chosen.get("GOMP_SPINCOUNT", "None") if chosen else threads._SPINS
     assert run.stdout.split() == [expected], run.stderr

@@ -39,7 +39,7 @@ from numba.core.compiler import Compiler
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, unbox
 
-from normkit.backends.numba.threads import start
+from normkit.backends.numba.threads import start_threads
 
 _BYTE = ir.IntType(8).as_pointer()
 _INPUTS, _SCRATCH = "normkit.inputs", "normkit.scratch"
@@ -828,15 +828,15 @@ inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
 NARROW = 512  #: products of halves that float32 adds up before they enter a float64 sum
-MANY = 32  #: rows of columns from which on it adds up theirs, a few at a time
+TINY = 2.0**-100  #: a sum of products so small that float32 may have lost some of them
+NARROW_ROWS = 32  #: rows of columns from which on it adds up theirs, a few at a time
 CHUNK = 4096  #: elements of a stretch that are summed, or of a parameter that are widened, at once
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
 STREAMED = 1 << 19  #: cache lines read and written, 32 MiB, of which caches would keep too few
 IN_ORDER = 5 << 17  #: the same, 40 MiB, where x is read once and y written in the order of memory
-#: cache lines of a run that is streamed (half, if they are whole), or whose next is asked for
-SHORTEST = 8
+SHORTEST = 8  #: cache lines of a run that is streamed; half, if they are whole
 PARTLY = 96  #: cache lines ahead that those between runs, which are not streamed, are asked for
 LEAD = 32  #: cache lines ahead that data read once are prefetched
 AHEAD = 2  #: rows of columns that they are fetched ahead
@@ -1939,7 +1939,7 @@ def rows_forward(pointer, first, last):
                 call, begin, groups, run, mean, residual, rstd, *table
             )
             if quick and r0 == 1:
-                _apply_groups(call, run, at, r1, r1, groups, none, step, later, streams, table)
+                _apply_groups(call, run, at, r1, r1, groups, none, step, none, streams, table)
                 continue
             for i in range(groups):
                 at = _origin(axes, begin + i)
@@ -1985,9 +1985,9 @@ def _narrow(dy, x, high):
 
 
 @inline
-def _in_range(s, p):
+def _in_range(least, s, p):
     """Whether no sum in float32 may have lost what float64 holds."""
-    return (2.0**-100 < abs(p) < 2.0**120) and abs(s) < np.inf
+    return (least <= abs(p) < 2.0**120) and abs(s) < np.inf
 
 
 @inline
@@ -2002,7 +2002,7 @@ def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
             ds, dp = _sum_lines(like, _products, begin, end, 0, dy, x, gamma, to, h, h, zero)
             s += ds
             p += dp
-        if _in_range(s, p):
+        if _in_range(TINY, s, p):
             return s, p - low * s
     like = lanes(x, 0.0)
     return _sum_lines(like, _products, first, last, 0, dy, x, gamma, to, factor, high, low)
@@ -2291,7 +2291,7 @@ def rows_backward(pointer, first, last):
                 for i in range(r1 // run):
                     before, form = form, lanes_of_each(table, i, like)
                     done = _store_run(
-                        call.dx, _dx_of, like, done, at, at + run, later, streams, call.dy, x,
+                        call.dx, _dx_of, like, done, at, at + run, none, streams, call.dy, x,
                         before, form,
                     )  # fmt: skip
                     at += run
@@ -2962,19 +2962,21 @@ def columns_forward(pointer, first, last):
 @inline
 def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     """Gradient sums of one part of a slab; weighted by gamma if that differs between rows."""
-    if significand(call.dy) < 24 and significand(call.x) < 24 and call.axes[1] >= MANY:
+    if significand(call.dy) < 24 and significand(call.x) < 24 and call.axes[1] >= NARROW_ROWS:
         _narrow_column_grads(call, unit, part, factor, high, low, sums, to)
     else:
         _add_column_grads(call, unit, part, 0.0, factor, high, low, sums, to)
 
 
 @reduction
-def _lost_grads(high, columns, sums, to):
-    """How many columns' sums in float32, about `high`, may have lost what float64 holds."""
+def _lost_grads(least, high, columns, sums, to):
+    """How many columns' sums in float32, about `high`, may have lost what float64 holds: those of
+    products below `least`, too.
+    """
     lost = 0
     for j in range(columns):
         h, s, p = load(high, j), load(sums, to + j), load(sums, to + SLAB + j)
-        lost += not (np.float64(np.float32(h)) == h and _in_range(s, p))
+        lost += not (np.float64(np.float32(h)) == h and _in_range(least, s, p))
     return lost
 
 
@@ -2984,14 +2986,16 @@ def _narrow_column_grads(call, unit, part, factor, high, low, sums, to):
     _, _, _, columns, _ = _slab(call.axes, unit)
     zero = np.float32(0.0)
     about, wide = scratch(zero, SLAB), scratch(0.0, PAIR)
-    for j in range(SLAB):
-        store(about, j, np.float32(load(high, j)))
+    _copy_from(high, 0, about, SLAB)
     _add_column_grads(call, unit, part, zero, factor, about, zero, sums, to)
-    again = _lost_grads(high, columns, sums, to) > 0
+    # Channels that had no gradient at all are common, and products of float16 are never tiny.
+    exact = min(significand(call.dy), significand(call.x)) > 8 and _by_column(call.axes)
+    least = 0.0 if exact else TINY
+    again = _lost_grads(least, high, columns, sums, to) > 0
     if again:
         _add_column_grads(call, unit, part, 0.0, factor, high, low, wide, 0)
     for j in range(columns):
-        if again and _lost_grads(moved(high, j), 1, sums, to + j):
+        if again and _lost_grads(least, moved(high, j), 1, sums, to + j):
             store(sums, to + j, load(wide, j))
             store(sums, to + SLAB + j, load(wide, SLAB + j))
         else:
@@ -3001,7 +3005,7 @@ def _narrow_column_grads(call, unit, part, factor, high, low, sums, to):
 
 @plain
 def _add_column_grads(call, unit, part, zero, factor, high, low, sums, to):
-    """`_column_grad_sums`, every four rows being added up in the type of `zero`."""
+    """`_column_grad_sums`, four rows with the same gamma being added up in the type of `zero`."""
     dy, x, axes = call.dy, call.x, call.axes
     k0, r0, k1, r1, params, span = axes
     _, _, _, columns, origin = _slab(axes, unit)
@@ -3395,7 +3399,7 @@ class Compiled:
     @cached_property
     def share(self) -> Any:
         """``share(address, call, tasks)``; Numba's threads start with the first use."""
-        start()  # which what is read from disk may fail to do
+        start_threads()  # which what is read from disk may fail to do
         return _entry(enter_parallel, types.int64, self._call, types.int64)
 
 

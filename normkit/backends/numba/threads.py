@@ -7,7 +7,8 @@ thread at a time spreads its work, and a forked child never does. The bits do no
 GCC's OpenMP has threads that wait for more work spin for 7 ms and longer. NumPy's matrix products
 have threads of their own, as many as there are processors: then two threads take turns on each, a
 scheduler's turn being milliseconds, and both libraries become slower by up to 100 times. So threads
-are to sleep soon, and to be woken only by work that is worth it.
+are to sleep soon, and to be woken only by work that is worth it. They spin on where somebody else
+has loaded the same OpenMP before, and sleep soon for whoever uses it later.
 """
 
 from __future__ import annotations
@@ -31,24 +32,28 @@ _WAKES = 1 << 19  #: elements of work that are worth waking them, which takes 30
 _BUSY = 8  #: calls that follow each other, more than any norm makes, after which more are expected
 
 
+_starting = threading.Lock()
+
+
 @cache
-def start() -> str:
+def start_threads() -> str:
     """Start Numba's threads; their threading layer."""
     spins = "GOMP_SPINCOUNT"
-    free = {spins, "OMP_WAIT_POLICY"}.isdisjoint(os.environ)
-    if free:  # nobody else has a say: OpenMP reads it while it is loaded, and never again
-        os.environ[spins] = _SPINS
-    try:
-        numba.get_num_threads()
-    finally:
-        if free:
-            del os.environ[spins]
+    with _starting:
+        free = {spins, "OMP_WAIT_POLICY"}.isdisjoint(os.environ)
+        if free:  # nobody else has a say: OpenMP reads it while it is loaded, and never again
+            os.environ[spins] = _SPINS
+        try:
+            numba.get_num_threads()
+        finally:
+            if free:
+                del os.environ[spins]
     return str(numba.threading_layer())  # type: ignore[attr-defined]
 
 
-def count() -> int:
+def count_threads() -> int:
     """Numba's threads, which are started if need be; 0.7 us to ask."""
-    start()
+    start_threads()
     return int(numba.get_num_threads())
 
 
@@ -66,25 +71,25 @@ class Pool:
         self._lost = True  # even to ask Numba for its threads starts them: who knows who did
         self._entered = threading.Lock()
 
-    def _shares(self, elements: int) -> bool:
-        """Whether to share work on so many elements."""
+    def _may_share(self, elements: int) -> bool:
+        """Whether to share work on so many elements, if threads are awake."""
         many: bool = numba.config.NUMBA_NUM_THREADS > 1  # type: ignore[attr-defined]
-        pays = self._pays if self._close >= _BUSY else max(self._pays, _WAKES)
-        return elements >= pays and many and not self._lost
+        return elements >= self._pays and many and not self._lost
 
     def threads(self, elements: int) -> int:
-        """How many threads share work on so many elements."""
-        return count() if self._shares(elements) else 1
+        """How many threads share work on so many elements, if they are awake."""
+        return count_threads() if self._may_share(elements) else 1
 
     def run(self, kernel: Any, call: tuple[Any, ...], tasks: int, elements: int) -> None:
         """Run all tasks of a compiled kernel, which work on so many elements."""
-        if tasks == 1 or elements < self._pays:
+        if tasks == 1 or not self._may_share(elements):
             kernel.run(kernel.address, call, tasks)
             return
         self._close = self._close + 1 if perf_counter() - self._ended < _AWAKE else 0
-        if self._shares(elements) and self._entered.acquire(blocking=False):
+        pays = self._close >= _BUSY or elements >= _WAKES
+        if pays and self._entered.acquire(blocking=False):
             try:
-                self._pays = _PAYS[start()]
+                self._pays = _PAYS[start_threads()]
                 kernel.share(kernel.address, call, tasks)
             finally:
                 self._entered.release()
@@ -96,12 +101,12 @@ class Pool:
         """Numba's threading layer and its threads."""
         if self._lost:
             return {"threads": "1 (a forked child has no others)"}
-        return {"threading layer": start(), "threads": str(count())}
+        return {"threading layer": start_threads(), "threads": str(count_threads())}
 
     def copy_seconds(self, size: int) -> float:
         """How long NumPy needs, on one thread or on all, for a copy that moves so many bytes."""
         a, b = np.ones(max(1, size // 16)), np.ones(max(1, size // 16))
-        threads = 1 if self._lost else count()
+        threads = 1 if self._lost else count_threads()
         shares = list(zip(np.array_split(b, threads), np.array_split(a, threads), strict=True))
         alone, together = [], []
         with ThreadPoolExecutor(threads) as pool:
