@@ -31,7 +31,6 @@ _AWAKE = 60e-6  #: seconds after a call in which its threads have not yet gone t
 _WAKES = 1 << 19  #: elements of work that are worth waking them, which takes 30 to 100 us
 _BUSY = 8  #: calls that follow each other, more than any norm makes, after which more are expected
 
-
 _starting = threading.Lock()
 
 
