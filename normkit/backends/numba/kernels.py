@@ -2181,26 +2181,56 @@ def _apply_grad_stretch(
     )  # fmt: skip
 
 
+@inline
+def _grads_of_runs(call, group, groups, run, s, p):
+    """`_row_grads` of groups that follow each other in memory, in runs of one parameter each."""
+    dy, x, gamma, sums, axes = call.dy, call.x, call.gamma, call.sums, call.axes
+    at = group * axes[3]
+    index, end_of_run = _parameter(axes, at)
+    piece, runs = at // run, axes[3] // run
+    for i in range(groups):
+        mean, residual, rstd = _saved(call, group + i)
+        factor, high, low, rstd = _centre(x, mean, residual, rstd)
+        of_s = of_p = 0.0
+        for _ in range(runs):
+            ds, dp = _grad_sums(dy, x, at, at + run, factor, high, low, None, 0)
+            weight = np.float64(load(gamma, index))
+            of_s += ds * weight
+            of_p += dp * weight
+            if given(sums):
+                store(sums, 2 * piece, dp * rstd)
+                store(sums, 2 * piece + 1, ds)
+            index, end_of_run = _next_parameter(axes, index, end_of_run, at, at + run)
+            at += run
+            piece += 1
+        store(s, i, of_s)
+        store(p, i, of_p * rstd)
+
+
 @elementwise
-def _grad_formulas(call, group, run, s, p, to, high, scale, slope, shift):
-    """Let dx of every `run` elements of a group's first stretch be what `_dx_of` gives by numbers
-    of the tables from `to` on; whether that takes float64 or a factor.
+def _grad_formulas(call, group, groups, run, s, p, high, scale, slope, shift):
+    """Let dx of every `run` elements of stretches that follow each other, one of each group from
+    `group` on, be what `_dx_of` gives by the next numbers of the tables; whether that takes float64
+    or a factor.
     """
-    mean, residual, rstd = _saved(call, group)
-    factor, h, low, r = _centre(call.x, mean, residual, rstd)
-    a, b = _line(call, s, p, low, r)
-    wide = factor != 1.0 if is_float64(call.x) else _extreme(rstd) | _unsafe(a)
-    at = _origin(call.axes, group)
-    index, end_of_run = _parameter(call.axes, at)
-    for j in range(to, to + call.axes[3] // run):
-        of_dy = r * load(call.gamma, index)
-        store(high, j, h)
-        store(scale, j, of_dy)
-        store(slope, j, a)
-        store(shift, j, b)
-        wide |= _unsafe(of_dy) and not is_float64(call.x)
-        index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, at + run)
-        at += run
+    axes, gamma, wide, j = call.axes, call.gamma, False, 0
+    at, runs = _origin(axes, group), axes[3] // run
+    index, end_of_run = _parameter(axes, at)
+    for i in range(groups):
+        mean, residual, rstd = _saved(call, group + i)
+        factor, h, low, r = _centre(call.x, mean, residual, rstd)
+        a, b = _line(call, load(s, i), load(p, i), low, r)
+        wide |= factor != 1.0 if is_float64(call.x) else _extreme(rstd) | _unsafe(a)
+        for _ in range(runs):
+            of_dy = r * load(gamma, index)
+            store(high, j, h)
+            store(scale, j, of_dy)
+            store(slope, j, a)
+            store(shift, j, b)
+            wide |= _unsafe(of_dy) and not is_float64(call.x)
+            index, end_of_run = _next_parameter(axes, index, end_of_run, at, at + run)
+            at += run
+            j += 1
     return wide
 
 
@@ -2210,7 +2240,7 @@ def rows_backward(pointer, first, last):
     zero = real(call.x, 0.0)
     gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
     call = replaced(call, "gamma", gamma)
-    x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
+    dy, x, axes, parts, stage = call.dy, call.x, call.axes, call.parts, call.stage
     k0, r0, k1, r1, params, span = axes
     table = (
         scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
@@ -2230,20 +2260,20 @@ def rows_backward(pointer, first, last):
             _row_grads_across(call, task, table_of_s, table_of_p)
     elif stage == APPLY and r0 > 1 and in_order:
         ahead = _ahead_of_stretch(x, axes)
-        task, known, wides = first, np.int64(-1), 0
+        task, known, wide = first, np.int64(-1), False
         while task < last:
             row, place, at = task // k1, task % k1, task * r1
             count, group = min(k1 - place, last - task), row // r0 * k1
             if group != known:
-                known, wides = group, 0
+                known = group
                 for i in range(k1):
                     s = p = 0.0
                     if not call.frozen:
                         s, p = _sums_of_parts(call, group + i)
                     store(table_of_s, i, s)
                     store(table_of_p, i, p)
-                    wides += _grad_formulas(call, group + i, r1, s, p, i, *table)
-            if wides:
+                wide = _grad_formulas(call, group, k1, r1, table_of_s, table_of_p, *table)
+            if wide:
                 for i in range(place, place + count):
                     index, end_of_run = _parameter(axes, at)
                     mean, residual, rstd = _saved(call, group + i)
@@ -2254,9 +2284,7 @@ def rows_backward(pointer, first, last):
                     )  # fmt: skip
                     at += r1
             else:
-                _store_runs(
-                    call.dx, _dx_of, at, r1, count, ahead, streams, call.dy, x, table, place
-                )
+                _store_runs(call.dx, _dx_of, at, r1, count, ahead, streams, dy, x, table, place)
             task += count
     elif stage == APPLY:
         ahead = _ahead_of_stretch(x, axes)
@@ -2274,44 +2302,45 @@ def rows_backward(pointer, first, last):
             group, place, row = _next_stretch(axes, parts, group, place, row)
             at = end
     else:
-        fixed, later = _by_column(axes), _ahead_of_result(x, axes)
-        like, none = lanes(x, zero), np.int64(0)
-        run = run if r0 == 1 else none
-        done = first * r1  # what is stored of groups side by side, by `form` last
-        before = form = lanes_of_each(table, none, like)
-        for group in range(first, last):
-            s = p = 0.0
-            if given(call.sums) or not call.frozen:
+        fixed, later, none = _by_column(axes), _ahead_of_result(x, axes), np.int64(0)
+        quick = r0 == 1 and run >= per_line(x)
+        block = min(SLAB, max(1, NEAR // r1)) if quick and parts == 1 else 1
+        for begin in range(first, last, block):
+            groups = min(block, last - begin)
+            if call.frozen and not given(call.sums):
+                _fill(table_of_s, 0, groups, 0.0)
+                _fill(table_of_p, 0, groups, 0.0)
+            elif block > 1:
+                _grads_of_runs(call, begin, groups, run, table_of_s, table_of_p)
+            else:
+                s = p = 0.0
                 for part in range(parts):
-                    ds, dp = _row_grads(call, group, part, walk)
+                    ds, dp = _row_grads(call, begin, part, walk)
                     s += ds
                     p += dp
-            at = _origin(axes, group)
-            if run >= per_line(x) and not _grad_formulas(call, group, run, s, p, none, *table):
-                for i in range(r1 // run):
-                    before, form = form, lanes_of_each(table, i, like)
-                    done = _store_run(
-                        call.dx, _dx_of, like, done, at, at + run, none, streams, call.dy, x,
-                        before, form,
-                    )  # fmt: skip
-                    at += run
+                store(table_of_s, 0, s)
+                store(table_of_p, 0, p)
+            if quick and not _grad_formulas(
+                call, begin, groups, run, table_of_s, table_of_p, *table
+            ):
+                at, runs = begin * r1, groups * (r1 // run)
+                _store_runs(call.dx, _dx_of, at, run, runs, none, streams, dy, x, table, none)
                 continue
-            if run:
-                _store_rest(call.dx, _dx_of, like, done, at, call.dy, x, form)
-                done = at + r1
-            index, end_of_run = _parameter(axes, at)
-            mean, residual, rstd = _saved(call, group)
-            for _ in range(r0):
-                _apply_grad_stretch(
-                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later, streams
-                )
-                at += k1 * r1
-                if fixed:
-                    end_of_run += k1 * r1
-                else:
-                    index, end_of_run = _parameter(axes, at)
-        if run:
-            _store_rest(call.dx, _dx_of, like, done, last * r1, call.dy, x, form)
+            for i in range(groups):
+                at = _origin(axes, begin + i)
+                index, end_of_run = _parameter(axes, at)
+                mean, residual, rstd = _saved(call, begin + i)
+                s, p = load(table_of_s, i), load(table_of_p, i)
+                for _ in range(r0):
+                    _apply_grad_stretch(
+                        call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later,
+                        streams
+                    )  # fmt: skip
+                    at += k1 * r1
+                    if fixed:
+                        end_of_run += k1 * r1
+                    else:
+                        index, end_of_run = _parameter(axes, at)
 
 
 @inline
@@ -2565,32 +2594,41 @@ def _mend_columns(call, unit, part, shift, sums, to):
 @plain
 def _add_columns(call, unit, part, shift, zero, sums, to):
     """`_column_sums`, every eight rows being added up in the type of `zero`."""
+    form = call.x, if_float64(call.x, shift, 0.0), None, None
+    _add_rows(call, unit, part, zero, np.int64(8), sums, to, _powers, None, *form)
+
+
+@inline  # LLVM would keep `make`, an address of this process
+def _add_rows(call, unit, part, zero, several, sums, to, make, dy, *form):
+    """A slab's sums of what ``make`` gives of one part, `several` rows at once in the type of
+    `zero`: the sums are read and written less often.
+    """
     k0, r0, k1, r1, params, span = call.axes
     _, _, _, columns, origin = _slab(call.axes, unit)
-    x, like = call.x, lanes_of_sums(call.x, zero)
+    x, like, exact = call.x, lanes_of_sums(call.x, zero), lanes_of_sums(call.x, 0.0)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
     stride, many = k1 * r1, _side_by_side(call.axes, columns, SLAB)
     ahead = _far(x, call.axes)
     _clear_pair(sums, to, many * columns)
-    wide, begin = many * columns, np.int64(0)  # for a literal, all would be compiled once more
-    eight, alone, form = np.int64(8), np.int64(1), (x, if_float64(x, shift, 0.0), None, None)
+    wide, begin, alone = many * columns, np.int64(0), np.int64(1)  # of literals, all would be twice
     strip = STRIP if ahead else wide
-    while row + 8 * many <= end:  # 8 at once: the sums are read and written less often
+    while row + several * many <= end:
         at = origin + row * stride
         for first in range(0, wide, strip):
             if ahead:
-                _fetch_share(x, at, many * stride, 8, wide, first)
+                if dy is not None:
+                    _fetch_share(dy, at, many * stride, several, wide, first)
+                _fetch_share(x, at, many * stride, several, wide, first)
             last = min(first + strip, wide)
-            _sum_columns(like, _powers, sums, to, first, last, at, many * stride, eight, *form)
-        row += 8 * many
-    while row + 8 <= end:
+            _sum_columns(like, make, sums, to, first, last, at, many * stride, several, *form)
+        row += several * many
+    while row + several <= end:
         at = origin + row * stride
-        _sum_columns(like, _powers, sums, to, begin, columns, at, stride, eight, *form)
-        row += 8
-    exact = lanes_of_sums(x, 0.0)
+        _sum_columns(like, make, sums, to, begin, columns, at, stride, several, *form)
+        row += several
     while row < end:
         at = origin + row * stride
-        _sum_columns(exact, _powers, sums, to, begin, columns, at, stride, alone, *form)
+        _sum_columns(exact, make, sums, to, begin, columns, at, stride, alone, *form)
         row += 1
     _gather_pair(sums, to, many, columns)
 
@@ -3008,51 +3046,25 @@ def _add_column_grads(call, unit, part, zero, factor, high, low, sums, to):
     """`_column_grad_sums`, four rows with the same gamma being added up in the type of `zero`."""
     dy, x, axes = call.dy, call.x, call.axes
     k0, r0, k1, r1, params, span = axes
-    _, _, _, columns, origin = _slab(axes, unit)
-    row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
-    stride, many = k1 * r1, _side_by_side(axes, columns, SLAB)
-    ahead = _far(x, axes)
-    _clear_pair(sums, to, many * columns)
-    like, wide = lanes_of_sums(x, zero), many * columns
-    begin, four, alone = np.int64(0), np.int64(4), np.int64(1)  # and not literals, as above
-    strip = STRIP if ahead else wide
     if _by_column(axes):
         form = dy, x, None, 0, factor, high, low
-        while row + 4 * many <= end:
-            at = origin + row * stride
-            for first in range(0, wide, strip):
-                if ahead:
-                    _fetch_share(dy, at, many * stride, 4, wide, first)
-                    _fetch_share(x, at, many * stride, 4, wide, first)
-                last = min(first + strip, wide)
-                _sum_columns(like, _products, sums, to, first, last, at, many * stride, four, *form)
-            row += 4 * many
-        while row + 4 <= end:
-            at = origin + row * stride
-            _sum_columns(like, _products, sums, to, begin, columns, at, stride, four, *form)
-            row += 4
-        while row < end:
-            at = origin + row * stride
-            _sum_columns(like, _products, sums, to, begin, columns, at, stride, alone, *form)
-            row += 1
-        _gather_pair(sums, to, many, columns)
+        _add_rows(call, unit, part, zero, np.int64(4), sums, to, _products, dy, *form)
         return
+    _, _, _, columns, origin = _slab(axes, unit)
+    row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
+    _clear_pair(sums, to, columns)
+    stride, like, alone = k1 * r1, lanes_of_sums(x, zero), np.int64(1)
     for at in range(origin + row * stride, origin + end * stride, stride):
         first = 0
         while first < columns:
             index, end_of_run = _parameter(axes, at + first)
             last = min(columns, end_of_run - at)
             if span == 1:
-                _sum_columns(
-                    like, _products, sums, to, first, last, at, stride, alone, dy, x, call.gamma,
-                    index - at - first, factor, high, low,
-                )  # fmt: skip
+                form = dy, x, call.gamma, index - at - first, factor, high, low
+                _sum_columns(like, _products, sums, to, first, last, at, stride, alone, *form)
             else:
-                gamma = load(call.gamma, index)
-                _sum_columns(
-                    like, _products, sums, to, first, last, at, stride, alone, dy, x, gamma, 0,
-                    factor, high, low,
-                )  # fmt: skip
+                form = dy, x, load(call.gamma, index), 0, factor, high, low
+                _sum_columns(like, _products, sums, to, first, last, at, stride, alone, *form)
             first = last
 
 
