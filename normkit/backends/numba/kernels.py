@@ -996,6 +996,12 @@ def _ahead_of_stretch(x, axes):
 
 
 @inline
+def _ahead_of_short_rows(x, axes):
+    """Prefetch distance of rows so short that several are summed at once."""
+    return LEAD // 2 * per_line(x) if _far(x, axes) else 0
+
+
+@inline
 def _leaps(x, axes):
     """Whether the processor would be late, since stretches are short and far from each other."""
     k0, r0, k1, r1, params, span = axes
@@ -1319,11 +1325,18 @@ def _sums_of_eight(x, first, size, count, sums, to):
 
 
 @plain
-def _sums_of_rows(x, first, size, count, shift, sums):
-    """`_sums` of stretches of `size` elements, side by side."""
+def _sums_of_rows(x, y, first, size, count, shift, sums, ahead):
+    """`_sums` of stretches of `size` elements, side by side; short ones of x are asked for `ahead`
+    elements early, if that is not 0, and those of any y, which are soon written to, with them.
+    """
     if size < SHORT_ROW and not is_float64(x):
         for i in range(0, count, 8):
-            _sums_of_eight(x, first + i * size, size, count - i, sums, i)
+            at = first + i * size
+            if ahead:
+                _fetch(x, at + ahead, at + ahead + 8 * size)
+                if given(y):
+                    _fetch(y, at, at + 8 * size)
+            _sums_of_eight(x, at, size, count - i, sums, i)
         return
     for i in range(count):
         about = load(shift, i) if is_float64(x) else 0.0
@@ -1907,7 +1920,7 @@ def rows_forward(pointer, first, last):
             )
     else:
         fixed, later = _by_column(axes), _ahead_of_result(x, axes)
-        begin_round, end_round = 0, rounds
+        begin_round, end_round, early = 0, rounds, _ahead_of_short_rows(x, axes)
         if stage == FINISH:
             begin_round, end_round = call.round, call.round + 1
         for begin in range(first, last, block):
@@ -1918,9 +1931,7 @@ def rows_forward(pointer, first, last):
                 for i in range(groups):
                     store(shift, i, _shift(call, begin + i, again == 1, mean, i))
                 if r0 == parts == 1 and r1 <= CHUNK:
-                    if stage == ALL and r1 < SHORT_ROW and _far(x, axes):
-                        _fetch(call.y, begin * r1, (begin + groups) * r1)
-                    _sums_of_rows(x, begin * r1, r1, groups, shift, sums)
+                    _sums_of_rows(x, call.y, begin * r1, r1, groups, shift, sums, early)
                 else:
                     for i in range(groups):
                         if stage == FINISH:
@@ -2041,17 +2052,26 @@ def _dx_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, slop
 
 
 @elementwise
+def _dx_and_shares_of(i, count, like, at, dy, x, gamma, factor, high, rstd, slope, shift, lift):
+    """The same by gamma, and what dgamma and dbeta gain: dy*xhat and dy."""
+    j, g = i - at, load_lanes(dy, i, count, like)
+    d = load_lanes(x, i, count, like) * factor - high
+    dx = (g * load_lanes(gamma, j, count, like) * rstd + (d * slope + shift)) * factor
+    return dx, first_lanes(g * (d * rstd + lift), count), g
+
+
+@elementwise
 def _dx_and_params_of(
     i, count, like, at, dy, x, gamma, factor, high, rstd, slope, shift, lift, dgamma, dbeta
 ):
-    """The same by gamma; dgamma and dbeta, which have lanes to spare, gain dy*xhat and dy."""
-    g = load_lanes(dy, i, count, like)
-    d = load_lanes(x, i, count, like) * factor - high
+    """The dx of `_dx_and_shares_of`; dgamma and dbeta, which have lanes to spare, gain theirs."""
+    dx, of_gamma, of_beta = _dx_and_shares_of(
+        i, count, like, at, dy, x, gamma, factor, high, rstd, slope, shift, lift
+    )
     j = i - at  # whole lanes: what was stored in part, processors cannot load before it is in cache
-    more = first_lanes(g * (d * rstd + lift), count)
-    store_lanes(dgamma, j, None, load_lanes(dgamma, j, None, like) + more)
-    store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, like) + g)
-    return (g * load_lanes(gamma, j, count, like) * rstd + (d * slope + shift)) * factor
+    store_lanes(dgamma, j, None, load_lanes(dgamma, j, None, like) + of_gamma)
+    store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, like) + of_beta)
+    return dx
 
 
 @inline
@@ -2349,18 +2369,59 @@ def grads_space(chunk):
     return (chunk + 2 * _LINE - 1) // _LINE * _LINE
 
 
+@elementwise
+def _lines_of_rows(call, row, count, sums, high, rstd, slope, shift, lift):
+    """What `_dx_and_params_of` makes `count` rows by; how many of them take float64."""
+    wides = 0
+    for i in range(count):
+        mean, residual, r = _saved(call, row + i)
+        _, h, low, r = _centre(call.x, mean, residual, r)
+        a, b = _line(call, load(sums, i), load(sums, SLAB + i) * r, low, r)
+        wides += _extreme(r) | _unsafe(a)
+        store(high, i, h)
+        store(rstd, i, r)
+        store(slope, i, a)
+        store(shift, i, b)
+        store(lift, i, -low * r)
+    return wides
+
+
 @plain
-def _grad_sums_of_rows(call, gamma, row, count, about, sums):
-    """`_grad_sums` of at most ROW_BLOCK rows of few elements, whose parameters are `gamma`."""
-    size = call.axes[3]
+def _grads_of_few(call, gamma, row, count, about, sums, table, ahead, dgamma, dbeta):
+    """Sums of at most ROW_BLOCK rows of few elements, whose parameters are `gamma`; if none takes
+    float64, which is returned, dx, and their share of dgamma and dbeta.
+    """
+    dy, x, dx, size = call.dy, call.x, call.dx, call.axes[3]
+    at, end = row * size, (row + count) * size
+    if ahead:
+        _fetch(dy, at + ahead, end + ahead)
+        _fetch(x, at + ahead, end + ahead)
+        _fetch(dx, at, end)
     _fill(about, 0, ROW_BLOCK, 0.0)
     for i in range(count):
         mean, residual, rstd = _saved(call, row + i)
-        _, high, low, _ = _centre(call.x, mean, residual, rstd)
+        _, high, low, _ = _centre(x, mean, residual, rstd)
         store(about, i, high + low)
     for i in range(0, count, 8):
-        first = (row + i) * size
-        _grad_sums_of_eight(call.dy, call.x, gamma, first, size, count - i, about, sums, i)
+        first = at + i * size
+        _grad_sums_of_eight(dy, x, gamma, first, size, count - i, about, sums, i)
+    if _lines_of_rows(call, row, count, sums, *table):
+        return False
+    one, part = np.float32(1.0), (np.int64(0), size)
+    like, (highs, rstds, slopes, shifts, lifts) = lanes_of_few(x, one), table
+    of_gamma = load_lanes(dgamma, 0, part, like)
+    of_beta = load_lanes(dbeta, 0, part, like)
+    for i in range(count):
+        form = (
+            one, load(highs, i), load(rstds, i), load(slopes, i), load(shifts, i), load(lifts, i)
+        )  # fmt: skip
+        made, p, s = _dx_and_shares_of(at, part, like, at, dy, x, gamma, *form)
+        of_gamma, of_beta = of_gamma + p, of_beta + s
+        store_lanes(dx, at, part, made)
+        at += size
+    store_lanes(dgamma, 0, part, of_gamma)
+    store_lanes(dbeta, 0, part, of_beta)
+    return True
 
 
 def rows_backward_params(pointer, first, last):
@@ -2376,8 +2437,13 @@ def rows_backward_params(pointer, first, last):
     chunk = params if params <= ROW_MOST else CHUNK
     chunks, space = (params + chunk - 1) // chunk, grads_space(chunk)
     grads = moved(call.grads, per_line(call.grads) - past_line(call.grads, 0))
-    about, of_rows = scratch(0.0, ROW_BLOCK), scratch(0.0, PAIR)
+    about, of_rows, one = scratch(0.0, ROW_BLOCK), scratch(0.0, PAIR), np.float32(1.0)
+    table = (
+        scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK),
+        scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK)
+    )  # fmt: skip
     few = r1 == params and r1 <= _FEW and not (is_float64(x) or call.frozen)
+    ahead = _ahead_of_short_rows(x, call.axes)
     for task in range(first, last):
         block, skipped = task // chunks, task % chunks * chunk
         gamma = moved(every_gamma, skipped)
@@ -2390,9 +2456,12 @@ def rows_backward_params(pointer, first, last):
         for begin in range(block * call.rows, end, ROW_BLOCK):
             _fill(dgamma, 0, count + per_line(x), zero)
             _fill(dbeta, 0, count + per_line(x), zero)
-            if few:
-                _grad_sums_of_rows(call, gamma, begin, min(ROW_BLOCK, end - begin), about, of_rows)
-            for row in range(begin, min(begin + ROW_BLOCK, end)):
+            last_row = min(begin + ROW_BLOCK, end)
+            if few and _grads_of_few(
+                call, gamma, begin, last_row - begin, about, of_rows, table, ahead, dgamma, dbeta
+            ):
+                last_row = begin
+            for row in range(begin, last_row):
                 mean, residual, rstd = _saved(call, row)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
                 origin = row * r1 + skipped
@@ -2420,7 +2489,7 @@ def rows_backward_params(pointer, first, last):
                 while at < stop:
                     last_of_run = min(stop, at + count - start)
                     run, what = (at, last_of_run, 0, False), (at - start, dy, x, gamma)
-                    one, form = np.float32(1.0), (factor, high, scaled, slope, shift, lift)
+                    form = factor, high, scaled, slope, shift, lift
                     narrow = (
                         one, np.float32(high), np.float32(scaled), np.float32(slope),
                         np.float32(shift), np.float32(lift),
@@ -2429,10 +2498,6 @@ def rows_backward_params(pointer, first, last):
                         _store_lines(
                             dx, _dx_and_params_of, lanes(x, 0.0), *run, *what, *form, dgamma, dbeta
                         )
-                    elif few:
-                        like, part = lanes_of_few(x, one), (np.int64(0), size)
-                        made = _dx_and_params_of(at, part, like, *what, *narrow, dgamma, dbeta)
-                        store_lanes(dx, at, part, made)
                     else:
                         _store_lines(
                             dx, _dx_and_params_of, lanes(x, one), *run, *what, *narrow, dgamma,
