@@ -174,6 +174,36 @@ def test_gradients_of_many_rows_of_columns_at_once(extreme: str, dtype: str) -> 
         np.testing.assert_allclose(got, want, close, close * np.abs(want).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2900, 1023), {}),
+        ((23, 131_073), {}),
+        ((9, 321, 1031), {"axis": (1, 2), "param_axis": 2}),
+        ((370_000, 8), {}),
+        ((440_001, 7), {}),
+    ],
+    ids=str,
+)
+def test_gradients_of_many_rows(shape: tuple[int, ...], options: Any, dtype: str) -> None:
+    """dgamma and dbeta are summed while dx is written past the caches; one row takes float64."""
+    rng = np.random.default_rng(8)
+    x, dy = (rng.standard_normal(shape, "float32").astype(dtype) for _ in range(2))
+    assert 3 * x.nbytes // 64 >= kernels.STREAMED
+    x[3] *= x.dtype.type(2.0 ** (-50 if dtype == "float32" else -950))
+    gamma, beta = rng.standard_normal((2, shape[-1]), "float32").astype(dtype)
+    found = []
+    for backend in ("numba", "reference"):
+        with nk.use_backend(backend):
+            _, pullback = nk.vjp(nk.layer_norm, x, gamma, beta, eps=0.0, **options)
+            dx, dgamma, dbeta = pullback(dy)
+            found.append((dx[3], np.delete(dx, 3, 0), dgamma, dbeta))
+    close = 1e-5 if dtype == "float32" else 1e-11
+    for got, want in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, close, close * np.abs(want).max())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("extreme", [False, True])
 @pytest.mark.parametrize("shape", [(180, 61, 14, 14), (16, 2200, 8, 8), (17, 130, 31, 31)], ids=str)

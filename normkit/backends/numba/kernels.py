@@ -997,7 +997,7 @@ def _ahead_of_stretch(x, axes):
 
 @inline
 def _ahead_of_short_rows(x, axes):
-    """Prefetch distance of rows so short that several are summed at once."""
+    """Prefetch distance of rows so short that several are summed at once; 0 for none."""
     return LEAD // 2 * per_line(x) if _far(x, axes) else 0
 
 
@@ -1326,8 +1326,8 @@ def _sums_of_eight(x, first, size, count, sums, to):
 
 @plain
 def _sums_of_rows(x, y, first, size, count, shift, sums, ahead):
-    """`_sums` of stretches of `size` elements, side by side; short ones of x are asked for `ahead`
-    elements early, if that is not 0, and those of any y, which are soon written to, with them.
+    """`_sums` of stretches of `size` elements, side by side. If `ahead` is not 0, short ones are
+    asked for so many elements early, and any y's, which are soon written to, while x's are summed.
     """
     if size < SHORT_ROW and not is_float64(x):
         for i in range(0, count, 8):
@@ -2061,13 +2061,9 @@ def _dx_and_shares_of(i, count, like, at, dy, x, gamma, factor, high, rstd, slop
 
 
 @elementwise
-def _dx_and_params_of(
-    i, count, like, at, dy, x, gamma, factor, high, rstd, slope, shift, lift, dgamma, dbeta
-):
+def _dx_and_params_of(i, count, like, at, dy, x, gamma, dgamma, dbeta, *form):
     """The dx of `_dx_and_shares_of`; dgamma and dbeta, which have lanes to spare, gain theirs."""
-    dx, of_gamma, of_beta = _dx_and_shares_of(
-        i, count, like, at, dy, x, gamma, factor, high, rstd, slope, shift, lift
-    )
+    dx, of_gamma, of_beta = _dx_and_shares_of(i, count, like, at, dy, x, gamma, *form)
     j = i - at  # whole lanes: what was stored in part, processors cannot load before it is in cache
     store_lanes(dgamma, j, None, load_lanes(dgamma, j, None, like) + of_gamma)
     store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, like) + of_beta)
@@ -2203,7 +2199,9 @@ def _apply_grad_stretch(
 
 @inline
 def _grads_of_runs(call, group, groups, run, s, p):
-    """`_row_grads` of groups that follow each other in memory, in runs of one parameter each."""
+    """`_row_grads` of groups that follow each other in memory, in runs of one parameter and at most
+    CHUNK elements each.
+    """
     dy, x, gamma, sums, axes = call.dy, call.x, call.gamma, call.sums, call.axes
     at = group * axes[3]
     index, end_of_run = _parameter(axes, at)
@@ -2230,8 +2228,8 @@ def _grads_of_runs(call, group, groups, run, s, p):
 @elementwise
 def _grad_formulas(call, group, groups, run, s, p, high, scale, slope, shift):
     """Let dx of every `run` elements of stretches that follow each other, one of each group from
-    `group` on, be what `_dx_of` gives by the next numbers of the tables; whether that takes float64
-    or a factor.
+    `group` on, be what `_dx_of` gives by numbers of the tables, one each; whether that takes
+    float64 or a factor.
     """
     axes, gamma, wide, j = call.axes, call.gamma, False, 0
     at, runs = _origin(axes, group), axes[3] // run
@@ -2324,13 +2322,12 @@ def rows_backward(pointer, first, last):
     else:
         fixed, later, none = _by_column(axes), _ahead_of_result(x, axes), np.int64(0)
         quick = r0 == 1 and run >= per_line(x)
-        block = min(SLAB, max(1, NEAR // r1)) if quick and parts == 1 else 1
+        block = max(1, NEAR // r1) if quick else 1
+        like, done = lanes(x, zero), first * r1  # what is stored of groups side by side, by `form`
+        before = form = lanes_of_each(table, none, like)
         for begin in range(first, last, block):
             groups = min(block, last - begin)
-            if call.frozen and not given(call.sums):
-                _fill(table_of_s, 0, groups, 0.0)
-                _fill(table_of_p, 0, groups, 0.0)
-            elif block > 1:
+            if block > 1:
                 _grads_of_runs(call, begin, groups, run, table_of_s, table_of_p)
             else:
                 s = p = 0.0
@@ -2343,9 +2340,18 @@ def rows_backward(pointer, first, last):
             if quick and not _grad_formulas(
                 call, begin, groups, run, table_of_s, table_of_p, *table
             ):
-                at, runs = begin * r1, groups * (r1 // run)
-                _store_runs(call.dx, _dx_of, at, run, runs, none, streams, dy, x, table, none)
+                at = begin * r1
+                for i in range(groups * (r1 // run)):
+                    before, form = form, lanes_of_each(table, i, like)
+                    done = _store_run(
+                        call.dx, _dx_of, like, done, at, at + run, none, streams, dy, x, before,
+                        form,
+                    )  # fmt: skip
+                    at += run
                 continue
+            if quick:
+                _store_rest(call.dx, _dx_of, like, done, begin * r1, dy, x, form)
+                done = (begin + groups) * r1
             for i in range(groups):
                 at = _origin(axes, begin + i)
                 index, end_of_run = _parameter(axes, at)
@@ -2361,6 +2367,8 @@ def rows_backward(pointer, first, last):
                         end_of_run += k1 * r1
                     else:
                         index, end_of_run = _parameter(axes, at)
+        if quick:
+            _store_rest(call.dx, _dx_of, like, done, last * r1, dy, x, form)
 
 
 @inline
@@ -2371,7 +2379,7 @@ def grads_space(chunk):
 
 @elementwise
 def _lines_of_rows(call, row, count, sums, high, rstd, slope, shift, lift):
-    """What `_dx_and_params_of` makes `count` rows by; how many of them take float64."""
+    """What `_dx_and_shares_of` makes `count` rows by; how many of them take float64."""
     wides = 0
     for i in range(count):
         mean, residual, r = _saved(call, row + i)
@@ -2389,7 +2397,7 @@ def _lines_of_rows(call, row, count, sums, high, rstd, slope, shift, lift):
 @plain
 def _grads_of_few(call, gamma, row, count, about, sums, table, ahead, dgamma, dbeta):
     """Sums of at most ROW_BLOCK rows of few elements, whose parameters are `gamma`; if none takes
-    float64, which is returned, dx, and their share of dgamma and dbeta.
+    float64, dx and their share of dgamma and dbeta: whether that was so.
     """
     dy, x, dx, size = call.dy, call.x, call.dx, call.axes[3]
     at, end = row * size, (row + count) * size
@@ -2409,8 +2417,7 @@ def _grads_of_few(call, gamma, row, count, about, sums, table, ahead, dgamma, db
         return False
     one, part = np.float32(1.0), (np.int64(0), size)
     like, (highs, rstds, slopes, shifts, lifts) = lanes_of_few(x, one), table
-    of_gamma = load_lanes(dgamma, 0, part, like)
-    of_beta = load_lanes(dbeta, 0, part, like)
+    of_gamma = of_beta = like  # zeros
     for i in range(count):
         form = (
             one, load(highs, i), load(rstds, i), load(slopes, i), load(shifts, i), load(lifts, i)
@@ -2419,14 +2426,14 @@ def _grads_of_few(call, gamma, row, count, about, sums, table, ahead, dgamma, db
         of_gamma, of_beta = of_gamma + p, of_beta + s
         store_lanes(dx, at, part, made)
         at += size
-    store_lanes(dgamma, 0, part, of_gamma)
-    store_lanes(dbeta, 0, part, of_beta)
+    store_lanes(dgamma, 0, None, of_gamma)
+    store_lanes(dbeta, 0, None, of_beta)
     return True
 
 
 def rows_backward_params(pointer, first, last):
     """A task is a chunk of the parameters in a block of `rows` rows: dx, and the block's share of
-    dgamma and dbeta, by way of `grads`, which has a line to spare. Rows of several chunks were
+    dgamma and dbeta, by way of `grads`, which has two lines to spare. Rows of several chunks were
     summed before.
     """
     call = _behind(pointer)
@@ -2436,7 +2443,8 @@ def rows_backward_params(pointer, first, last):
     k0, r0, k1, r1, params, span = call.axes
     chunk = params if params <= ROW_MOST else CHUNK
     chunks, space = (params + chunk - 1) // chunk, grads_space(chunk)
-    grads = moved(call.grads, per_line(call.grads) - past_line(call.grads, 0))
+    # Whole lines, after one for lanes before a row's first, where that is not the first of a line.
+    grads = moved(call.grads, 2 * per_line(call.grads) - past_line(call.grads, 0))
     about, of_rows, one = scratch(0.0, ROW_BLOCK), scratch(0.0, PAIR), np.float32(1.0)
     table = (
         scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK),
@@ -2444,6 +2452,8 @@ def rows_backward_params(pointer, first, last):
     )  # fmt: skip
     few = r1 == params and r1 <= _FEW and not (is_float64(x) or call.frozen)
     ahead = _ahead_of_short_rows(x, call.axes)
+    # Halves have twice as many sums a line, which then begin and end within lines.
+    streams = significand(x) >= 24 and _streams_rows(dx, 2, call.axes, False)
     for task in range(first, last):
         block, skipped = task // chunks, task % chunks * chunk
         gamma = moved(every_gamma, skipped)
@@ -2457,11 +2467,10 @@ def rows_backward_params(pointer, first, last):
             _fill(dgamma, 0, count + per_line(x), zero)
             _fill(dbeta, 0, count + per_line(x), zero)
             last_row = min(begin + ROW_BLOCK, end)
-            if few and _grads_of_few(
+            done = few and _grads_of_few(
                 call, gamma, begin, last_row - begin, about, of_rows, table, ahead, dgamma, dbeta
-            ):
-                last_row = begin
-            for row in range(begin, last_row):
+            )
+            for row in range(last_row if done else begin, last_row):
                 mean, residual, rstd = _saved(call, row)
                 factor, high, low, scaled = _centre(x, mean, residual, rstd)
                 origin = row * r1 + skipped
@@ -2488,21 +2497,17 @@ def rows_backward_params(pointer, first, last):
                 at = origin
                 while at < stop:
                     last_of_run = min(stop, at + count - start)
-                    run, what = (at, last_of_run, 0, False), (at - start, dy, x, gamma)
+                    run = at, last_of_run, 0, streams
+                    what = at - start, dy, x, gamma, dgamma, dbeta
                     form = factor, high, scaled, slope, shift, lift
                     narrow = (
                         one, np.float32(high), np.float32(scaled), np.float32(slope),
                         np.float32(shift), np.float32(lift),
                     )  # fmt: skip
                     if wide:
-                        _store_lines(
-                            dx, _dx_and_params_of, lanes(x, 0.0), *run, *what, *form, dgamma, dbeta
-                        )
+                        _store_lines(dx, _dx_and_params_of, lanes(x, 0.0), *run, *what, *form)
                     else:
-                        _store_lines(
-                            dx, _dx_and_params_of, lanes(x, one), *run, *what, *narrow, dgamma,
-                            dbeta,
-                        )  # fmt: skip
+                        _store_lines(dx, _dx_and_params_of, lanes(x, one), *run, *what, *narrow)
                     start += last_of_run - at
                     if start == count:
                         start = 0
@@ -2665,8 +2670,8 @@ def _add_columns(call, unit, part, shift, zero, sums, to):
 
 @inline  # LLVM would keep `make`, an address of this process
 def _add_rows(call, unit, part, zero, several, sums, to, make, dy, *form):
-    """A slab's sums of what ``make`` gives of one part, `several` rows at once in the type of
-    `zero`: the sums are read and written less often.
+    """A slab's sums of what ``make`` gives of one part: `several` rows at once in `zero`'s type, so
+    that the sums are read and written less often, those left over in float64.
     """
     k0, r0, k1, r1, params, span = call.axes
     _, _, _, columns, origin = _slab(call.axes, unit)
@@ -2675,7 +2680,8 @@ def _add_rows(call, unit, part, zero, several, sums, to, make, dy, *form):
     stride, many = k1 * r1, _side_by_side(call.axes, columns, SLAB)
     ahead = _far(x, call.axes)
     _clear_pair(sums, to, many * columns)
-    wide, begin, alone = many * columns, np.int64(0), np.int64(1)  # of literals, all would be twice
+    wide = many * columns
+    begin, alone = np.int64(0), np.int64(1)  # for literals, all would be compiled once more
     strip = STRIP if ahead else wide
     while row + several * many <= end:
         at = origin + row * stride
