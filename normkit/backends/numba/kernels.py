@@ -2140,36 +2140,85 @@ def _row_grads(call, group, part, walk):
     return s, p * rstd
 
 
+@elementwise
+def _centre_each(x, count, factor, high, low, rstd):
+    """`_centre` of groups whose mean, rounding error and rstd are `high`, `low` and `rstd`."""
+    for i in range(count):
+        f, h, e, r = _centre(x, load(high, i), load(low, i), load(rstd, i))
+        store(factor, i, f)
+        store(high, i, h)
+        store(low, i, e)
+        store(rstd, i, r)
+
+
+@inline
+def _run_params(axes, at, run, count, values, found):
+    """The parameters of `count` runs side by side, from `at` on."""
+    index, end_of_run = _parameter(axes, at)
+    for j in range(count):
+        store(found, j, np.float64(load(values, index)))
+        index, end_of_run = _next_parameter(axes, index, end_of_run, at, at + run)
+        at += run
+
+
+@inline
+def _centre_runs(call, group, groups, run, factor, high, low, rstd):
+    """`_centre` for each run of groups from `group` on."""
+    _load_groups(call, group, groups, high, low, rstd)
+    _centre_each(call.x, groups, factor, high, low, rstd)
+    runs = call.axes[3] // run
+    _expand(factor, groups, runs)
+    _expand(high, groups, runs)
+    _expand(low, groups, runs)
+    _expand(rstd, groups, runs)
+
+
+@elementwise
+def _keep_sums(sums, piece, count, s, p, rstd):
+    for j in range(count):
+        store(sums, 2 * (piece + j), load(p, j) * load(rstd, j))
+        store(sums, 2 * (piece + j) + 1, load(s, j))
+
+
+@inline
+def _sums_of_runs(call, at, run, count, factor, high, low, rstd, weight, s, p):
+    """Sums of gamma*dy and gamma*dy*(x - mean)*factor of runs side by side, of at most CHUNK
+    elements each; of dy, dy*xhat for each.
+    """
+    first = at
+    for j in range(count):
+        form = load(factor, j), load(high, j), load(low, j)
+        ds, dp = _grad_sums(call.dy, call.x, at, at + run, *form, None, 0)
+        store(s, j, ds)
+        store(p, j, dp)
+        at += run
+    if given(call.sums):
+        _keep_sums(call.sums, first // run, count, s, p, rstd)
+    _run_params(call.axes, first, run, count, call.gamma, weight)
+    _multiply(count, s, weight)
+    _multiply(count, p, weight)
+
+
 @plain
-def _row_grads_across(call, task, s, p):
+def _row_grads_across(call, task, factor, high, low, rstd, weight, s, p, of_s, of_p):
     """`_row_grads` of one part of all groups side by side: stretch by stretch as in memory, each of
     one parameter.
     """
-    dy, x, gamma, sums, parts = call.dy, call.x, call.gamma, call.sums, call.parts
     k0, r0, k1, r1, params, span = call.axes
-    sample, part = task // parts, task % parts
-    _fill(s, 0, k1, 0.0)
-    _fill(p, 0, k1, 0.0)
-    row, end = part * r0 // parts, (part + 1) * r0 // parts
-    at = (sample * r0 + row) * k1 * r1
-    index, end_of_run = _parameter(call.axes, at)
-    for stretch in range((sample * r0 + row) * k1, (sample * r0 + end) * k1):
-        i, last = stretch % k1, at + r1
-        mean, residual, rstd = _saved(call, sample * k1 + i)
-        factor, high, low, rstd = _centre(x, mean, residual, rstd)
-        ds, dp = _grad_sums(dy, x, at, last, factor, high, low, None, 0)
-        weight = np.float64(load(gamma, index))
-        store(s, i, load(s, i) + ds * weight)
-        store(p, i, load(p, i) + dp * weight * rstd)
-        if given(sums):
-            store(sums, 2 * stretch, dp * rstd)
-            store(sums, 2 * stretch + 1, ds)
-        index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, last)
-        at = last
+    sample, part = task // call.parts, task % call.parts
+    _centre_runs(call, sample * k1, k1, r1, factor, high, low, rstd)
+    _fill(of_s, 0, k1, 0.0)
+    _fill(of_p, 0, k1, 0.0)
+    row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
+    for at in range((sample * r0 + row) * k1 * r1, (sample * r0 + end) * k1 * r1, k1 * r1):
+        _sums_of_runs(call, at, r1, k1, factor, high, low, rstd, weight, s, p)
+        _add(of_s, 0, s, 0, k1)
+        _add(of_p, 0, p, 0, k1)
+    _multiply(k1, of_p, rstd)
     for i in range(k1):
-        to = (sample * k1 + i) * parts + part
-        store(call.partial, 2 * to, load(s, i))
-        store(call.partial, 2 * to + 1, load(p, i))
+        to = (sample * k1 + i) * call.parts + part
+        store(call.partial, 2 * to, load(of_s, i))
+        store(call.partial, 2 * to + 1, load(of_p, i))
 
 
 @inline
@@ -2198,58 +2247,36 @@ def _apply_grad_stretch(
 
 
 @inline
-def _grads_of_runs(call, group, groups, run, s, p):
-    """`_row_grads` of groups that follow each other in memory, in runs of one parameter and at most
-    CHUNK elements each.
-    """
-    dy, x, gamma, sums, axes = call.dy, call.x, call.gamma, call.sums, call.axes
-    at = group * axes[3]
-    index, end_of_run = _parameter(axes, at)
-    piece, runs = at // run, axes[3] // run
-    for i in range(groups):
-        mean, residual, rstd = _saved(call, group + i)
-        factor, high, low, rstd = _centre(x, mean, residual, rstd)
-        of_s = of_p = 0.0
-        for _ in range(runs):
-            ds, dp = _grad_sums(dy, x, at, at + run, factor, high, low, None, 0)
-            weight = np.float64(load(gamma, index))
-            of_s += ds * weight
-            of_p += dp * weight
-            if given(sums):
-                store(sums, 2 * piece, dp * rstd)
-                store(sums, 2 * piece + 1, ds)
-            index, end_of_run = _next_parameter(axes, index, end_of_run, at, at + run)
-            at += run
-            piece += 1
-        store(s, i, of_s)
-        store(p, i, of_p * rstd)
+def _add_runs(groups, runs, values):
+    """Let every run have the sum of its group's."""
+    if runs > 1:
+        for i in range(groups):
+            total = 0.0
+            for j in range(i * runs, (i + 1) * runs):
+                total += load(values, j)
+            _fill(values, i * runs, (i + 1) * runs, total)
 
 
 @elementwise
-def _grad_formulas(call, group, groups, run, s, p, high, scale, slope, shift):
-    """Let dx of every `run` elements of stretches that follow each other, one of each group from
-    `group` on, be what `_dx_of` gives by numbers of the tables, one each; whether that takes
-    float64 or a factor.
+def _grad_formulas(call, count, centre, weight, s, p, high, scale, slope, shift):
+    """Let dx of `count` runs be what `_dx_of` gives by numbers of the tables, one each; how many
+    take float64 or a factor.
     """
-    axes, gamma, wide, j = call.axes, call.gamma, False, 0
-    at, runs = _origin(axes, group), axes[3] // run
-    index, end_of_run = _parameter(axes, at)
-    for i in range(groups):
-        mean, residual, rstd = _saved(call, group + i)
-        factor, h, low, r = _centre(call.x, mean, residual, rstd)
-        a, b = _line(call, load(s, i), load(p, i), low, r)
-        wide |= factor != 1.0 if is_float64(call.x) else _extreme(rstd) | _unsafe(a)
-        for _ in range(runs):
-            of_dy = r * load(gamma, index)
-            store(high, j, h)
-            store(scale, j, of_dy)
-            store(slope, j, a)
-            store(shift, j, b)
-            wide |= _unsafe(of_dy) and not is_float64(call.x)
-            index, end_of_run = _next_parameter(axes, index, end_of_run, at, at + run)
-            at += run
-            j += 1
-    return wide
+    factors, highs, lows, rstds = centre
+    wides = 0
+    for j in range(count):
+        r, low = load(rstds, j), load(lows, j)
+        a, b = _line(call, load(s, j), load(p, j), low, r)
+        of_dy = r * load(weight, j)
+        if is_float64(call.x):
+            wides += load(factors, j) != 1.0
+        else:
+            wides += _extreme(r) | _unsafe(a) | _unsafe(of_dy)
+        store(high, j, load(highs, j))
+        store(scale, j, of_dy)
+        store(slope, j, a)
+        store(shift, j, b)
+    return wides
 
 
 def rows_backward(pointer, first, last):
@@ -2264,6 +2291,8 @@ def rows_backward(pointer, first, last):
         scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     )  # fmt: skip
     table_of_s, table_of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    weight = scratch(0.0, KNOWN)
     run = _run(x, axes, stage != APPLY or r0 > 1)
     in_order = run >= per_line(x) and (r0 == 1 or (stage == APPLY and k1 <= KNOWN))
     streams = _streams_rows(call.dx, 2, axes, in_order)
@@ -2274,8 +2303,9 @@ def rows_backward(pointer, first, last):
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, p)
     elif stage == ACROSS:
+        of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
         for task in range(first, last):
-            _row_grads_across(call, task, table_of_s, table_of_p)
+            _row_grads_across(call, task, *centre, weight, table_of_s, table_of_p, of_s, of_p)
     elif stage == APPLY and r0 > 1 and in_order:
         ahead = _ahead_of_stretch(x, axes)
         task, known, wide = first, np.int64(-1), False
@@ -2290,7 +2320,9 @@ def rows_backward(pointer, first, last):
                         s, p = _sums_of_parts(call, group + i)
                     store(table_of_s, i, s)
                     store(table_of_p, i, p)
-                wide = _grad_formulas(call, group, k1, r1, table_of_s, table_of_p, *table)
+                _centre_runs(call, group, k1, r1, *centre)
+                _run_params(axes, row * k1 * r1, r1, k1, call.gamma, weight)
+                wide = _grad_formulas(call, k1, centre, weight, table_of_s, table_of_p, *table)
             if wide:
                 for i in range(place, place + count):
                     index, end_of_run = _parameter(axes, at)
@@ -2322,26 +2354,37 @@ def rows_backward(pointer, first, last):
     else:
         fixed, later, none = _by_column(axes), _ahead_of_result(x, axes), np.int64(0)
         quick = r0 == 1 and run >= per_line(x)
-        block = max(1, NEAR // r1) if quick else 1
+        block, runs = (max(1, NEAR // r1), r1 // run) if quick else (1, 1)
         like, done = lanes(x, zero), first * r1  # what is stored of groups side by side, by `form`
         before = form = lanes_of_each(table, none, like)
         for begin in range(first, last, block):
             groups = min(block, last - begin)
+            count = groups * runs
+            if quick:
+                _centre_runs(call, begin, groups, run, *centre)
             if block > 1:
-                _grads_of_runs(call, begin, groups, run, table_of_s, table_of_p)
+                at = begin * r1
+                _sums_of_runs(
+                    call, at, run, count, *centre, weight, table_of_s, table_of_p
+                )
+                _add_runs(groups, runs, table_of_s)
+                _add_runs(groups, runs, table_of_p)
+                _multiply(count, table_of_p, centre[3])
             else:
                 s = p = 0.0
                 for part in range(parts):
                     ds, dp = _row_grads(call, begin, part, walk)
                     s += ds
                     p += dp
-                store(table_of_s, 0, s)
-                store(table_of_p, 0, p)
+                _fill(table_of_s, 0, runs, s)
+                _fill(table_of_p, 0, runs, p)
+                if quick:
+                    _run_params(axes, begin * r1, run, runs, call.gamma, weight)
             if quick and not _grad_formulas(
-                call, begin, groups, run, table_of_s, table_of_p, *table
+                call, count, centre, weight, table_of_s, table_of_p, *table
             ):
                 at = begin * r1
-                for i in range(groups * (r1 // run)):
+                for i in range(count):
                     before, form = form, lanes_of_each(table, i, like)
                     done = _store_run(
                         call.dx, _dx_of, like, done, at, at + run, none, streams, dy, x, before,
@@ -2356,7 +2399,7 @@ def rows_backward(pointer, first, last):
                 at = _origin(axes, begin + i)
                 index, end_of_run = _parameter(axes, at)
                 mean, residual, rstd = _saved(call, begin + i)
-                s, p = load(table_of_s, i), load(table_of_p, i)
+                s, p = load(table_of_s, i * runs), load(table_of_p, i * runs)
                 for _ in range(r0):
                     _apply_grad_stretch(
                         call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later,
