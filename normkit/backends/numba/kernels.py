@@ -473,18 +473,34 @@ def spliced(typing: Any, first: Any, rest: Any, count: Any) -> Any:
 
 
 @intrinsic
-def total(typing: Any, value: Any) -> Any:
-    """The sum of all lanes, in an order that LLVM chooses once."""
+def totals(typing: Any, one: Any, other: Any) -> Any:
+    """The sums of all lanes of two, which share a register when half of it is left of each."""
+
+    def shuffle(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
+        return builder.shuffle_vector(a, b, _words(places))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        scalar = value.vector().element
-        kind = ir.FunctionType(scalar, [scalar, value.vector()])
-        bits = 64 if value.number is types.float64 else 32
-        name = f"llvm.vector.reduce.fadd.v{value.count}f{bits}"
-        add = cgutils.get_or_insert_function(builder.module, kind, name)
-        return builder.call(add, [ir.Constant(scalar, -0.0), args[0]], fastmath=("reassoc",))
+        parts, half = list(args), one.count // 2
+        while half * _SIZES[str(one.number)] > _LINE // 2:
+            low, high = [*range(half)], [*range(half, 2 * half)]
+            parts = [
+                builder.fadd(shuffle(builder, v, v, low), shuffle(builder, v, v, high))
+                for v in parts
+            ]
+            half //= 2
+        low = [*range(half), *range(2 * half, 3 * half)]
+        both = builder.fadd(
+            shuffle(builder, *parts, low), shuffle(builder, *parts, [i + half for i in low])
+        )
+        step = half // 2
+        while step:
+            turned = [i // half * half + (i + step) % half for i in range(2 * half)]
+            both = builder.fadd(both, shuffle(builder, both, both, turned))
+            step //= 2
+        found = [builder.extract_element(both, _word(i)) for i in (0, half)]
+        return cgutils.pack_array(builder, found)
 
-    return value.number(value), generate
+    return types.UniTuple(one.number, 2)(one, other), generate
 
 
 def _define(symbol: Any, instruction: str) -> None:
@@ -834,8 +850,7 @@ CHUNK = 4096  #: elements of a stretch that are summed, or of a parameter that a
 NEAR = 2048  #: elements of several groups that are near when they are met again
 FAR = 1 << 14  #: cache lines of data from which on they are fetched from memory, ahead of their use
 LONG = 32  #: cache lines of a stretch from which on the processor fetches them well by itself
-STREAMED = 1 << 19  #: cache lines read and written, 32 MiB, of which caches would keep too few
-IN_ORDER = 5 << 17  #: the same, 40 MiB, where x is read once and y written in the order of memory
+STREAMED = 97 << 13  #: cache lines read and written, 48.5 MiB, of which caches would keep too few
 SHORTEST = 8  #: cache lines of a run that is streamed; half, if they are whole
 PARTLY = 96  #: cache lines ahead that those between runs, which are not streamed, are asked for
 LEAD = 32  #: cache lines ahead that data read once are prefetched
@@ -1042,19 +1057,29 @@ def _fetch_early(pointer, first, last):
 
 
 # What is written past the caches need not be read first, a third of the traffic. It pays where the
-# result would not stay in them.
+# result would not stay in them: data of its size pass through them twice for x, likewise for dy, and
+# once for itself.
+PASSES_BACKWARD = 5
+
+
 @inline
-def _streams(to, reads, axes, whole, least):
-    """Whether to write a result past the caches, data of its size having been read so often: from
-    so many lines on, and not where many would be written in parts.
+def _passes(stage, axes):
+    """The same of a forward kernel: x once, if its sums are not to be made, and as often again if
+    they are over the samples, which come from memory twice.
     """
+    return 2 if stage == APPLY else 4 if axes[0] == 1 else 3
+
+
+@inline
+def _streams(to, passes, axes, whole):
+    """Whether to write a result past the caches: not where many lines would be written in parts."""
     k0, r0, k1, r1, params, span = axes
-    many = (reads + 1) * k0 * r0 * k1 * r1 >= least * per_line(to)
+    many = passes * k0 * r0 * k1 * r1 >= STREAMED * per_line(to)
     return many and whole and is_aligned(to)
 
 
 @inline
-def _streams_rows(to, reads, axes, in_order):
+def _streams_rows(to, passes, axes, in_order):
     """The same of rows: not in short runs of elements that share a line with others, unless
     `_store_runs` goes through all of them in the order of memory.
     """
@@ -1062,18 +1087,17 @@ def _streams_rows(to, reads, axes, in_order):
     run = min(r1, params if span == 1 and params > 1 else span)
     odd = run % per_line(to) != 0 or r1 % per_line(to) != 0
     least = 1 if in_order else SHORTEST if odd else SHORTEST // 2
-    whole = run >= least * per_line(to)
-    return _streams(to, reads, axes, whole, IN_ORDER if reads == 1 else STREAMED)
+    return _streams(to, passes, axes, run >= least * per_line(to))
 
 
 @inline
-def _streams_columns(to, reads, axes):
+def _streams_columns(to, passes, axes):
     """The same of columns: only if those with the same parameters are whole lines long, or many are
     stored at once.
     """
     k0, r0, k1, r1, params, span = axes
     whole = _by_column(axes) and (k1 * r1 <= SLAB or k1 * r1 % per_line(to) == 0)
-    return _streams(to, reads, axes, whole, STREAMED)
+    return _streams(to, passes, axes, whole)
 
 
 # A stretch of memory is one of a group's r0, or a part of its only one. Walking over them must not
@@ -1136,7 +1160,7 @@ def _sum_lines(like, make, first, last, *what):
         if i < last:
             b = _plus(b, make(i, last - i, like, *what))
         a = _plus(a, b)
-    return total(a[0]), total(a[1])
+    return totals(a[0], a[1])
 
 
 @inline
@@ -1347,12 +1371,6 @@ def _sums_of_rows(x, y, first, size, count, shift, sums, ahead):
 
 
 @inline
-def _reads(stage):
-    """How often a forward kernel reads x: for its sums, too, it passes through the caches."""
-    return 1 if stage == APPLY else 2
-
-
-@inline
 def _part_sums(call, group, part, shift, before, after):
     """`_sums` over one of the parts that a group is cut into.
 
@@ -1368,7 +1386,8 @@ def _part_sums(call, group, part, shift, before, after):
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
     ahead = _ahead_of_sums(None, x, axes)
-    writes = given(y) and r0 * r1 <= STAYS and not _streams_rows(y, _reads(call.stage), axes, False)
+    streams = _streams_rows(y, _passes(call.stage, axes), axes, False)
+    writes = given(y) and r0 * r1 <= STAYS and not streams
     s = q = 0.0
     for _ in range(count):
         first, last = origin + at, origin + min(at + CHUNK, r1)
@@ -1682,6 +1701,39 @@ def _centre(x, mean, residual, rstd):
     return 1.0, high, mean - high + residual, rstd
 
 
+# Groups that follow each other in memory are planned side by side: of every `run` elements that share
+# a parameter, the numbers that their formula is made of are in tables.
+@elementwise
+def _centre_each(x, count, mean, residual, rstd, factor, high, low, scaled):
+    """`_centre` of groups, whose moments the tables may be."""
+    for i in range(count):
+        f, h, e, r = _centre(x, load(mean, i), load(residual, i), load(rstd, i))
+        store(factor, i, f)
+        store(high, i, h)
+        store(low, i, e)
+        store(scaled, i, r)
+
+
+@inline
+def _centre_runs(x, groups, runs, mean, residual, rstd, factor, high, low, scaled):
+    """The same of each of a group's runs."""
+    _centre_each(x, groups, mean, residual, rstd, factor, high, low, scaled)
+    _expand(factor, groups, runs)
+    _expand(high, groups, runs)
+    _expand(low, groups, runs)
+    _expand(scaled, groups, runs)
+
+
+@inline
+def _run_params(axes, at, run, count, values, found):
+    """The parameter of each of `count` runs, side by side from `at` on."""
+    index, end_of_run = _parameter(axes, at)
+    for j in range(count):
+        store(found, j, np.float64(load(values, index)))
+        index, end_of_run = _next_parameter(axes, index, end_of_run, at, at + run)
+        at += run
+
+
 # ------------------------------------------------------------------------------------ rows: forward
 # The types of the numbers decide the type of the arithmetic: each loop serves float32 and float64.
 @elementwise
@@ -1699,47 +1751,40 @@ def _y_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, shift
     return z * load_lanes(gamma, to + i, count, like) + load_lanes(beta, to + i, count, like)
 
 
-@inline
-def _set_formula(call, to, i, gamma, beta, mean, residual, rstd, high, scale, shift):
-    """Let y of a run in group i be (x - high)*scale + shift by the numbers at `to`; whether that
-    takes float64 or a factor.
-    """
-    r = load(rstd, i)
-    factor, h, low, a = _centre(call.x, load(mean, i), load(residual, i), r)
-    a *= gamma
-    store(high, to, h)
-    store(scale, to, a)
-    store(shift, to, beta - low * a)
-    return factor != 1.0 if is_float64(call.x) else _extreme(r) | _unsafe(a)
-
-
 @elementwise
-def _set_formulas(call, groups, *tables):
+def _set_formulas(x, count, centre, high, scale, shift):
+    """Let y of `count` runs, whose gamma and beta are `scale` and `shift`, be (x - high)*scale +
+    shift by the numbers of the tables; how many take float64 or a factor.
+    """
+    factors, highs, lows, rstds = centre
     wides = 0
-    for i in range(groups):
-        wides += _set_formula(call, i, i, 1.0, 0.0, *tables)
+    for j in range(count):
+        r = load(rstds, j)
+        a = r * load(scale, j)
+        wides += load(factors, j) != 1.0 if is_float64(x) else _extreme(r) | _unsafe(a)
+        store(high, j, load(highs, j))
+        store(scale, j, a)
+        store(shift, j, load(shift, j) - load(lows, j) * a)
     return wides
 
 
 @inline
-def _formulas(call, group, groups, run, *tables):
-    """`_set_formula` for every `run` elements of groups from `group` on, with their parameter, or
+def _formulas(call, group, groups, run, mean, residual, rstd, centre, table):
+    """`_set_formulas` for every `run` elements of groups from `group` on, with their parameter, or
     for every group but for parameters if that is 0; how many take float64.
     """
-    if not run:
-        return _set_formulas(call, groups, *tables)
-    wides, to, size = 0, 0, call.axes[3]
-    at = _origin(call.axes, group)
-    index, end_of_run = _parameter(call.axes, at)
-    for i in range(groups):
+    runs = call.axes[3] // run if run else 1
+    count, (_, scale, shift) = groups * runs, table
+    _centre_runs(call.x, groups, runs, mean, residual, rstd, *centre)
+    if run:
         # As if all groups were side by side: rows of them begin with the same parameter.
-        for _ in range(size // run):
-            gamma, beta = np.float64(load(call.gamma, index)), np.float64(load(call.beta, index))
-            wides += _set_formula(call, to, i, gamma, beta, *tables)
-            index, end_of_run = _next_parameter(call.axes, index, end_of_run, at, at + run)
-            at += run
-            to += 1
-    return wides
+        at = _origin(call.axes, group)
+        _run_params(call.axes, at, run, count, call.gamma, scale)
+        _run_params(call.axes, at, run, count, call.beta, shift)
+    else:
+        _fill(scale, 0, count, 1.0)
+        _fill(shift, 0, count, 0.0)
+    return _set_formulas(call.x, count, centre, *table)
 
 
 @inline
@@ -1862,10 +1907,11 @@ def rows_forward(pointer, first, last):
     k0, r0, k1, r1, params, span = axes
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     run = _run(x, axes, stage == ALL or parts == 1)
     in_order = run >= per_line(x) and (r0 == 1 or stage == APPLY)
-    streams = _streams_rows(call.y, _reads(stage), axes, in_order)
+    streams = _streams_rows(call.y, _passes(stage, axes), axes, in_order)
     # Whether `_formulas` serve: of runs, or where elements with a parameter each follow each other.
     uniform = run > 0 or (span == 1 and params % r1 == 0)
     rounds = 2 if is_float64(x) and call.center else 1
@@ -1900,7 +1946,7 @@ def rows_forward(pointer, first, last):
                     begin, stop = group, min(group + KNOWN, group + last - task)
                 _given_groups(call, begin, stop - begin, mean, residual, rstd)
                 quick = uniform and not _formulas(
-                    call, begin, stop - begin, run, mean, residual, rstd, *table
+                    call, begin, stop - begin, run, mean, residual, rstd, centre, table
                 )
             i, count = group - begin, 1
             size = _end_of_stretch(axes, parts, group, place, at) - at
@@ -1947,7 +1993,7 @@ def rows_forward(pointer, first, last):
                 continue
             at = _origin(axes, begin)
             quick = uniform and not _formulas(
-                call, begin, groups, run, mean, residual, rstd, *table
+                call, begin, groups, run, mean, residual, rstd, centre, table
             )
             if quick and r0 == 1:
                 _apply_groups(call, run, at, r1, r1, groups, none, step, none, streams, table)
@@ -2141,39 +2187,6 @@ def _row_grads(call, group, part, walk):
 
 
 @elementwise
-def _centre_each(x, count, factor, high, low, rstd):
-    """`_centre` of groups whose mean, rounding error and rstd are `high`, `low` and `rstd`."""
-    for i in range(count):
-        f, h, e, r = _centre(x, load(high, i), load(low, i), load(rstd, i))
-        store(factor, i, f)
-        store(high, i, h)
-        store(low, i, e)
-        store(rstd, i, r)
-
-
-@inline
-def _run_params(axes, at, run, count, values, found):
-    """The parameters of `count` runs side by side, from `at` on."""
-    index, end_of_run = _parameter(axes, at)
-    for j in range(count):
-        store(found, j, np.float64(load(values, index)))
-        index, end_of_run = _next_parameter(axes, index, end_of_run, at, at + run)
-        at += run
-
-
-@inline
-def _centre_runs(call, group, groups, run, factor, high, low, rstd):
-    """`_centre` for each run of groups from `group` on."""
-    _load_groups(call, group, groups, high, low, rstd)
-    _centre_each(call.x, groups, factor, high, low, rstd)
-    runs = call.axes[3] // run
-    _expand(factor, groups, runs)
-    _expand(high, groups, runs)
-    _expand(low, groups, runs)
-    _expand(rstd, groups, runs)
-
-
-@elementwise
 def _keep_sums(sums, piece, count, s, p, rstd):
     for j in range(count):
         store(sums, 2 * (piece + j), load(p, j) * load(rstd, j))
@@ -2206,7 +2219,8 @@ def _row_grads_across(call, task, factor, high, low, rstd, weight, s, p, of_s, o
     """
     k0, r0, k1, r1, params, span = call.axes
     sample, part = task // call.parts, task % call.parts
-    _centre_runs(call, sample * k1, k1, r1, factor, high, low, rstd)
+    _load_groups(call, sample * k1, k1, high, low, rstd)
+    _centre_each(call.x, k1, high, low, rstd, factor, high, low, rstd)
     _fill(of_s, 0, k1, 0.0)
     _fill(of_p, 0, k1, 0.0)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
@@ -2258,16 +2272,16 @@ def _add_runs(groups, runs, values):
 
 
 @elementwise
-def _grad_formulas(call, count, centre, weight, s, p, high, scale, slope, shift):
-    """Let dx of `count` runs be what `_dx_of` gives by numbers of the tables, one each; how many
-    take float64 or a factor.
+def _grad_formulas(call, count, centre, s, p, high, scale, slope, shift):
+    """Let dx of `count` runs, whose gamma is `scale`, be what `_dx_of` gives by the numbers of the
+    tables; how many take float64 or a factor.
     """
     factors, highs, lows, rstds = centre
     wides = 0
     for j in range(count):
         r, low = load(rstds, j), load(lows, j)
         a, b = _line(call, load(s, j), load(p, j), low, r)
-        of_dy = r * load(weight, j)
+        of_dy = r * load(scale, j)
         if is_float64(call.x):
             wides += load(factors, j) != 1.0
         else:
@@ -2292,10 +2306,9 @@ def rows_backward(pointer, first, last):
     )  # fmt: skip
     table_of_s, table_of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
-    weight = scratch(0.0, KNOWN)
     run = _run(x, axes, stage != APPLY or r0 > 1)
     in_order = run >= per_line(x) and (r0 == 1 or (stage == APPLY and k1 <= KNOWN))
-    streams = _streams_rows(call.dx, 2, axes, in_order)
+    streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, in_order)
     walk = _walk(call, streams)
     if stage == SUMS:
         for task in range(first, last):
@@ -2305,7 +2318,7 @@ def rows_backward(pointer, first, last):
     elif stage == ACROSS:
         of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
         for task in range(first, last):
-            _row_grads_across(call, task, *centre, weight, table_of_s, table_of_p, of_s, of_p)
+            _row_grads_across(call, task, *centre, table[1], table_of_s, table_of_p, of_s, of_p)
     elif stage == APPLY and r0 > 1 and in_order:
         ahead = _ahead_of_stretch(x, axes)
         task, known, wide = first, np.int64(-1), False
@@ -2320,9 +2333,10 @@ def rows_backward(pointer, first, last):
                         s, p = _sums_of_parts(call, group + i)
                     store(table_of_s, i, s)
                     store(table_of_p, i, p)
-                _centre_runs(call, group, k1, r1, *centre)
-                _run_params(axes, row * k1 * r1, r1, k1, call.gamma, weight)
-                wide = _grad_formulas(call, k1, centre, weight, table_of_s, table_of_p, *table)
+                _load_groups(call, group, k1, *centre[1:])
+                _centre_each(x, k1, *centre[1:], *centre)
+                _run_params(axes, row * k1 * r1, r1, k1, call.gamma, table[1])
+                wide = _grad_formulas(call, k1, centre, table_of_s, table_of_p, *table)
             if wide:
                 for i in range(place, place + count):
                     index, end_of_run = _parameter(axes, at)
@@ -2361,11 +2375,11 @@ def rows_backward(pointer, first, last):
             groups = min(block, last - begin)
             count = groups * runs
             if quick:
-                _centre_runs(call, begin, groups, run, *centre)
-            if block > 1:
-                at = begin * r1
+                _load_groups(call, begin, groups, *centre[1:])
+                _centre_runs(x, groups, runs, *centre[1:], *centre)
+            if quick and parts == 1 and run <= CHUNK:
                 _sums_of_runs(
-                    call, at, run, count, *centre, weight, table_of_s, table_of_p
+                    call, begin * r1, run, count, *centre, table[1], table_of_s, table_of_p
                 )
                 _add_runs(groups, runs, table_of_s)
                 _add_runs(groups, runs, table_of_p)
@@ -2379,9 +2393,9 @@ def rows_backward(pointer, first, last):
                 _fill(table_of_s, 0, runs, s)
                 _fill(table_of_p, 0, runs, p)
                 if quick:
-                    _run_params(axes, begin * r1, run, runs, call.gamma, weight)
+                    _run_params(axes, begin * r1, run, runs, call.gamma, table[1])
             if quick and not _grad_formulas(
-                call, count, centre, weight, table_of_s, table_of_p, *table
+                call, count, centre, table_of_s, table_of_p, *table
             ):
                 at = begin * r1
                 for i in range(count):
@@ -2496,7 +2510,7 @@ def rows_backward_params(pointer, first, last):
     few = r1 == params and r1 <= _FEW and not (is_float64(x) or call.frozen)
     ahead = _ahead_of_short_rows(x, call.axes)
     # Halves have twice as many sums a line, which then begin and end within lines.
-    streams = significand(x) >= 24 and _streams_rows(dx, 2, call.axes, False)
+    streams = significand(x) >= 24 and _streams_rows(dx, PASSES_BACKWARD, call.axes, False)
     for task in range(first, last):
         block, skipped = task // chunks, task % chunks * chunk
         gamma = moved(every_gamma, skipped)
@@ -3054,7 +3068,7 @@ def columns_forward(pointer, first, last):
     low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     one = np.float32(1.0)
     narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
-    streams = _streams_columns(call.y, _reads(stage), call.axes)
+    streams = _streams_columns(call.y, _passes(stage, call.axes), call.axes)
     rounds = 2 if is_float64(x) and call.center else 1
     ready, count = -1, 0
     for task in range(first, last):
@@ -3271,7 +3285,7 @@ def columns_backward(pointer, first, last):
     narrow = (
         scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
     )  # fmt: skip
-    step, streams = _step(call.axes), _streams_columns(call.dx, 2, call.axes)
+    step, streams = _step(call.axes), _streams_columns(call.dx, PASSES_BACKWARD, call.axes)
     for task in range(first, last):
         unit, part = task, 0
         if stage in (SUMS, APPLY):
