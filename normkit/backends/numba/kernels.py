@@ -248,7 +248,8 @@ def widened(typing: Any, value: Any) -> Any:
 @intrinsic
 def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> Any:
     """Elements from `index` on, `count` or with None all, as numbers of the type of lanes `like`
-    and in their order; a number instead of a pointer in all lanes, or such lanes as they are.
+    and in their order; a number instead of a pointer in all lanes, or such lanes, or None, as they
+    are.
 
     Lanes of scratch memory, the backend's own or the stack's, are always all loaded, as it has some
     to spare: where those left out are of a page that was never used, processors take hundreds of
@@ -261,7 +262,7 @@ def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> 
         return (builder.fpext if number is types.float32 else builder.fptrunc)(value, like.vector())
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if pointer is like:
+        if pointer in (like, types.none):
             return args[0]
         if not isinstance(pointer, Pointer):
             return convert(builder, _splat(builder, args[0], like.count), pointer)
@@ -295,7 +296,8 @@ def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> 
             value = builder.shuffle_vector(value, value, _words(like.order))
         return convert(builder, value, number)
 
-    return like(pointer, types.int64, count, like), generate
+    found = pointer if pointer is types.none else like
+    return found(pointer, types.int64, count, like), generate
 
 
 def _storing(streams: bool) -> Any:
@@ -1704,24 +1706,26 @@ def _centre(x, mean, residual, rstd):
 # Groups that follow each other in memory are planned side by side: of every `run` elements that share
 # a parameter, the numbers that their formula is made of are in tables.
 @elementwise
-def _centre_each(x, count, mean, residual, rstd, factor, high, low, scaled):
-    """`_centre` of groups, whose moments the tables may be."""
+def _centre_each(x, count, factor, high, low, rstd):
+    """`_centre` of groups whose mean, rounding error and rstd are `high`, `low` and `rstd`."""
     for i in range(count):
-        f, h, e, r = _centre(x, load(mean, i), load(residual, i), load(rstd, i))
-        store(factor, i, f)
+        f, h, e, r = _centre(x, load(high, i), load(low, i), load(rstd, i))
+        if is_float64(x):  # nobody asks for others
+            store(factor, i, f)
         store(high, i, h)
         store(low, i, e)
-        store(scaled, i, r)
+        store(rstd, i, r)
 
 
 @inline
-def _centre_runs(x, groups, runs, mean, residual, rstd, factor, high, low, scaled):
-    """The same of each of a group's runs."""
-    _centre_each(x, groups, mean, residual, rstd, factor, high, low, scaled)
+def _centre_runs(call, group, groups, runs, factor, high, low, rstd):
+    """The same of each of their runs, from `group` on."""
+    _load_groups(call, group, groups, high, low, rstd)
+    _centre_each(call.x, groups, factor, high, low, rstd)
     _expand(factor, groups, runs)
     _expand(high, groups, runs)
     _expand(low, groups, runs)
-    _expand(scaled, groups, runs)
+    _expand(rstd, groups, runs)
 
 
 @inline
@@ -1752,30 +1756,34 @@ def _y_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, shift
 
 
 @elementwise
-def _set_formulas(x, count, centre, high, scale, shift):
+def _set_formulas(x, count, mean, residual, rstd, high, scale, shift):
     """Let y of `count` runs, whose gamma and beta are `scale` and `shift`, be (x - high)*scale +
     shift by the numbers of the tables; how many take float64 or a factor.
     """
-    factors, highs, lows, rstds = centre
     wides = 0
     for j in range(count):
-        r = load(rstds, j)
-        a = r * load(scale, j)
-        wides += load(factors, j) != 1.0 if is_float64(x) else _extreme(r) | _unsafe(a)
-        store(high, j, load(highs, j))
+        r = load(rstd, j)
+        factor, h, low, a = _centre(x, load(mean, j), load(residual, j), r)
+        a *= load(scale, j)
+        wides += factor != 1.0 if is_float64(x) else _extreme(r) | _unsafe(a)
+        store(high, j, h)
         store(scale, j, a)
-        store(shift, j, load(shift, j) - load(lows, j) * a)
+        store(shift, j, load(shift, j) - low * a)
     return wides
 
 
 @inline
-def _formulas(call, group, groups, run, mean, residual, rstd, centre, table):
+def _formulas(call, group, groups, run, moments, of_runs, table):
     """`_set_formulas` for every `run` elements of groups from `group` on, with their parameter, or
     for every group but for parameters if that is 0; how many take float64.
     """
     runs = call.axes[3] // run if run else 1
     count, (_, scale, shift) = groups * runs, table
-    _centre_runs(call.x, groups, runs, mean, residual, rstd, *centre)
+    if runs > 1:
+        for i in range(3):
+            _copy_from(moments[i], 0, of_runs[i], groups)
+            _expand(of_runs[i], groups, runs)
+        moments = of_runs
     if run:
         # As if all groups were side by side: rows of them begin with the same parameter.
         at = _origin(call.axes, group)
@@ -1784,7 +1792,7 @@ def _formulas(call, group, groups, run, mean, residual, rstd, centre, table):
     else:
         _fill(scale, 0, count, 1.0)
         _fill(shift, 0, count, 0.0)
-    return _set_formulas(call.x, count, centre, *table)
+    return _set_formulas(call.x, count, *moments, *table)
 
 
 @inline
@@ -1821,6 +1829,14 @@ def _apply_each(
     high, scale, shift = table
     index, hop, one = first % params, stride % params, real(x, 1.0)
     like, few, part = lanes(x, one), lanes_of_few(x, one), (np.int64(0), size)
+    if size <= _FEW and index == hop == 0:
+        what = 0, None, x, load_lanes(gamma, 0, part, few), load_lanes(beta, 0, part, few), 0
+        for _ in range(count):
+            form = one, load(high, i), load(scale, i), load(shift, i)
+            store_lanes(y, first, part, _y_of(first, part, few, *what, *form))
+            first += stride
+            i += step
+        return
     if streams:
         ahead = _to_rest(size, y)
     for _ in range(count):
@@ -1907,7 +1923,8 @@ def rows_forward(pointer, first, last):
     k0, r0, k1, r1, params, span = axes
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
-    centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    moments = mean, residual, rstd
+    of_runs = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     run = _run(x, axes, stage == ALL or parts == 1)
     in_order = run >= per_line(x) and (r0 == 1 or stage == APPLY)
@@ -1945,9 +1962,7 @@ def rows_forward(pointer, first, last):
                 else:
                     begin, stop = group, min(group + KNOWN, group + last - task)
                 _given_groups(call, begin, stop - begin, mean, residual, rstd)
-                quick = uniform and not _formulas(
-                    call, begin, stop - begin, run, mean, residual, rstd, centre, table
-                )
+                quick = uniform and not _formulas(call, begin, stop - begin, run, moments, of_runs, table)
             i, count = group - begin, 1
             size = _end_of_stretch(axes, parts, group, place, at) - at
             if quick:
@@ -1992,9 +2007,7 @@ def rows_forward(pointer, first, last):
             if stage != ALL:
                 continue
             at = _origin(axes, begin)
-            quick = uniform and not _formulas(
-                call, begin, groups, run, mean, residual, rstd, centre, table
-            )
+            quick = uniform and not _formulas(call, begin, groups, run, moments, of_runs, table)
             if quick and r0 == 1:
                 _apply_groups(call, run, at, r1, r1, groups, none, step, none, streams, table)
                 continue
@@ -2219,8 +2232,7 @@ def _row_grads_across(call, task, factor, high, low, rstd, weight, s, p, of_s, o
     """
     k0, r0, k1, r1, params, span = call.axes
     sample, part = task // call.parts, task % call.parts
-    _load_groups(call, sample * k1, k1, high, low, rstd)
-    _centre_each(call.x, k1, high, low, rstd, factor, high, low, rstd)
+    _centre_runs(call, sample * k1, k1, 1, factor, high, low, rstd)
     _fill(of_s, 0, k1, 0.0)
     _fill(of_p, 0, k1, 0.0)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
@@ -2333,8 +2345,7 @@ def rows_backward(pointer, first, last):
                         s, p = _sums_of_parts(call, group + i)
                     store(table_of_s, i, s)
                     store(table_of_p, i, p)
-                _load_groups(call, group, k1, *centre[1:])
-                _centre_each(x, k1, *centre[1:], *centre)
+                _centre_runs(call, group, k1, 1, *centre)
                 _run_params(axes, row * k1 * r1, r1, k1, call.gamma, table[1])
                 wide = _grad_formulas(call, k1, centre, table_of_s, table_of_p, *table)
             if wide:
@@ -2375,8 +2386,7 @@ def rows_backward(pointer, first, last):
             groups = min(block, last - begin)
             count = groups * runs
             if quick:
-                _load_groups(call, begin, groups, *centre[1:])
-                _centre_runs(x, groups, runs, *centre[1:], *centre)
+                _centre_runs(call, begin, groups, runs, *centre)
             if quick and parts == 1 and run <= CHUNK:
                 _sums_of_runs(
                     call, begin * r1, run, count, *centre, table[1], table_of_s, table_of_p
