@@ -2511,7 +2511,10 @@ def rows_backward_params(pointer, first, last):
     chunk = params if params <= ROW_MOST else CHUNK
     chunks, space = (params + chunk - 1) // chunk, grads_space(chunk)
     # Whole lines, after one for lanes before a row's first, where that is not the first of a line.
-    grads = moved(call.grads, 2 * per_line(call.grads) - past_line(call.grads, 0))
+    # A thread's tasks share theirs, which stay near.
+    dgamma = moved(call.grads, 2 * per_line(call.grads) - past_line(call.grads, 0))
+    dgamma = moved(dgamma, 2 * first * space)
+    dbeta = moved(dgamma, space)
     about, of_rows, one = scratch(0.0, ROW_BLOCK), scratch(0.0, PAIR), np.float32(1.0)
     table = (
         scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK),
@@ -2524,8 +2527,6 @@ def rows_backward_params(pointer, first, last):
     for task in range(first, last):
         block, skipped = task // chunks, task % chunks * chunk
         gamma = moved(every_gamma, skipped)
-        dgamma = moved(grads, 2 * task * space)
-        dbeta = moved(dgamma, space)
         count = min(params - skipped, chunk)
         size = count if chunks > 1 else r1
         end, share = min((block + 1) * call.rows, k0), 2 * block * params + skipped
@@ -2580,10 +2581,11 @@ def rows_backward_params(pointer, first, last):
                         start = 0
                     at = last_of_run
             if begin == block * call.rows:
-                _fill(sums, share, share + count, 0.0)
-                _fill(sums, share + params, share + params + count, 0.0)
-            _add(sums, share, dgamma, 0, count)
-            _add(sums, share + params, dbeta, 0, count)
+                _copy_to(sums, share, dgamma, count)
+                _copy_to(sums, share + params, dbeta, count)
+            else:
+                _add(sums, share, dgamma, 0, count)
+                _add(sums, share + params, dbeta, 0, count)
 
 
 @elementwise
@@ -3445,12 +3447,17 @@ def fold(pointer, first, last):
         count = min(SLAB, call.params - begin)
         for kind in range(2):
             origin = kind * call.per_kind + begin * call.per_param
-            _fill(total, 0, count, 0.0)
-            for i in range(call.outer):
-                for j in range(call.tile):
-                    at = origin + i * call.per_outer + j * call.per_tile
-                    for k in range(call.inner):
-                        _add_every(total, call.sums, at + k * call.per_inner, call.per_param, count)
+            if call.outer == call.tile == call.inner == call.per_param == 1:
+                _copy_from(call.sums, origin, total, count)
+            else:
+                _fill(total, 0, count, 0.0)
+                for i in range(call.outer):
+                    for j in range(call.tile):
+                        at = origin + i * call.per_outer + j * call.per_tile
+                        for k in range(call.inner):
+                            _add_every(
+                                total, call.sums, at + k * call.per_inner, call.per_param, count
+                            )
             if kind:
                 _copy_to(call.dbeta, begin, total, count)
             else:
