@@ -1145,19 +1145,30 @@ def _plus(a, b):
 
 
 @elementwise
+def _next_line(like, make, i, at, dy, x, *what):
+    """What ``make(i, None, like, at, dy, x, *what)`` gives, after asking for lines to come: even
+    where data are in order, processors ask by themselves for too few.
+    """
+    fetch(x, i + LEAD * per_line(x))
+    if dy is not None:
+        fetch(dy, i + LEAD * per_line(x))
+    return make(i, None, like, at, dy, x, *what)
+
+
+@elementwise
 def _sum_lines(like, make, first, last, *what):
     """The sums of the two lanes that ``make(i, count, like, *what)`` gives."""
     many = per_line(like)
     if last - first < many:
         a = make(first, last - first, like, *what)
     else:
-        a, b, i = make(first, None, like, *what), (like, like), first + many
+        a, b, i = _next_line(like, make, first, *what), (like, like), first + many
         while i + 2 * many <= last:
-            a = _plus(a, make(i, None, like, *what))
-            b = _plus(b, make(i + many, None, like, *what))
+            a = _plus(a, _next_line(like, make, i, *what))
+            b = _plus(b, _next_line(like, make, i + many, *what))
             i += 2 * many
         if i + many <= last:
-            a = _plus(a, make(i, None, like, *what))
+            a = _plus(a, _next_line(like, make, i, *what))
             i += many
         if i < last:
             b = _plus(b, make(i, last - i, like, *what))
@@ -1181,7 +1192,7 @@ def _store_whole_lines(to, make, like, i, last, ahead, streams, at, dy, x, *what
     many = per_line(like)
     if streams:
         while i + many <= last:
-            stream_lanes(to, i, None, make(i, None, like, at, dy, x, *what))
+            stream_lanes(to, i, None, _next_line(like, make, i, at, dy, x, *what))
             i += many
         return i
     while i + 4 * many <= last:
@@ -1283,7 +1294,7 @@ def _store_runs(to, make, first, size, count, ahead, streams, dy, x, table, i):
 
 # ------------------------------------------------------------------------------------------ moments
 @elementwise
-def _powers(i, count, like, at, x, shift, before, after):
+def _powers(i, count, like, at, dy, x, shift, before, after):
     """(x*before - shift)*after and its square; if those are None, 1 of them and shift float64's."""
     d, about = load_lanes(x, i, count, like), load_lanes(shift, i - at, count, like)
     if before is not None:
@@ -1313,12 +1324,12 @@ def _sums(x, first, last, shift, before, after):
         s = q = 0.0
         for begin in range(first, last, NARROW):
             end = min(begin + NARROW, last)
-            ds, dq = _sum_lines(lanes(x, zero), _powers, begin, end, 0, x, zero, None, None)
+            ds, dq = _sum_lines(lanes(x, zero), _powers, begin, end, 0, None, x, zero, None, None)
             s += ds
             q += dq
         if _is_kept(x, s, q, last - first):
             return s, q
-    return _sum_lines(lanes(x, 0.0), _powers, first, last, 0, x, shift, before, after)
+    return _sum_lines(lanes(x, 0.0), _powers, first, last, 0, None, x, shift, before, after)
 
 
 @elementwise
@@ -2733,7 +2744,7 @@ def _mend_columns(call, unit, part, shift, sums, to):
 @plain
 def _add_columns(call, unit, part, shift, zero, sums, to):
     """`_column_sums`, every eight rows being added up in the type of `zero`."""
-    form = call.x, if_float64(call.x, shift, 0.0), None, None
+    form = if_float64(call.x, shift, 0.0), None, None
     _add_rows(call, unit, part, zero, np.int64(8), sums, to, _powers, None, *form)
 
 
@@ -2760,15 +2771,17 @@ def _add_rows(call, unit, part, zero, several, sums, to, make, dy, *form):
                     _fetch_share(dy, at, many * stride, several, wide, first)
                 _fetch_share(x, at, many * stride, several, wide, first)
             last = min(first + strip, wide)
-            _sum_columns(like, make, sums, to, first, last, at, many * stride, several, *form)
+            _sum_columns(
+                like, make, sums, to, first, last, at, many * stride, several, dy, x, *form
+            )
         row += several * many
     while row + several <= end:
         at = origin + row * stride
-        _sum_columns(like, make, sums, to, begin, columns, at, stride, several, *form)
+        _sum_columns(like, make, sums, to, begin, columns, at, stride, several, dy, x, *form)
         row += several
     while row < end:
         at = origin + row * stride
-        _sum_columns(exact, make, sums, to, begin, columns, at, stride, alone, *form)
+        _sum_columns(exact, make, sums, to, begin, columns, at, stride, alone, dy, x, *form)
         row += 1
     _gather_pair(sums, to, many, columns)
 
@@ -3187,7 +3200,7 @@ def _add_column_grads(call, unit, part, zero, factor, high, low, sums, to):
     dy, x, axes = call.dy, call.x, call.axes
     k0, r0, k1, r1, params, span = axes
     if _by_column(axes):
-        form = dy, x, None, 0, factor, high, low
+        form = None, 0, factor, high, low
         _add_rows(call, unit, part, zero, np.int64(4), sums, to, _products, dy, *form)
         return
     _, _, _, columns, origin = _slab(axes, unit)
