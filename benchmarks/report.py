@@ -164,7 +164,7 @@ def compare(old: Results, new: Results) -> Iterator[tuple[float, Row]]:
     for row in new["rows"]:
         if then := before.get(row["case"]):
             ratio = row["us"][OURS] / then["us"][OURS]
-            blur = 2 * math.hypot(row["spread"][OURS], then["spread"][OURS])
+            blur = math.hypot(row["spread"][OURS], then["spread"][OURS])
             if not 1 / (1 + max(NOISE, blur)) <= ratio <= 1 + max(NOISE, blur):
                 yield ratio, row
 

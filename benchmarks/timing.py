@@ -227,9 +227,17 @@ def ratios(times: Times, who: str) -> list[float]:
 
 
 def spread(samples: list[float]) -> float:
-    """Half the distance between the quartiles over the median: the ± of a median."""
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return (high - low) / 2 / middle
+    """Half of the median's 95 % confidence interval, over the median: its ±.
+
+    The interval is between two samples, as many from the least as from the greatest; fewer than six
+    do not tell so much, and it is all between them.
+    """
+    ordered, beyond, skipped = sorted(samples), 0.0, -1
+    while 2 * beyond <= 0.05:  # the share of medians that are not within
+        skipped += 1
+        beyond += math.comb(len(samples), skipped) / 2 ** len(samples)
+    low, high = ordered[max(0, skipped - 1)], ordered[-max(1, skipped)]
+    return (high - low) / 2 / statistics.median(samples)
 
 
 def _normkit(case: Case, given: dict[str, Array]) -> Contestant:

@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="benchmarks need rich: nothing of them was te
 from benchmarks import harness, report
 from benchmarks.cases import DIRECTIONS, EVERY, NORMS, Case, cases, function, inputs, select
 from benchmarks.peers import PEERS, Contestant, Peer, Unsupported
-from benchmarks.timing import LONG, OUT, TOLERANCE, Cpu, check, ratios, row_of, time_row
+from benchmarks.timing import LONG, OUT, TOLERANCE, Cpu, check, ratios, row_of, spread, time_row
 
 FULL = os.environ.get("NORMKIT_FULL") == "1"
 SLOW = "torch.compile"  # seconds a case: NORMKIT_FULL=1
@@ -218,7 +218,7 @@ def test_samples_of_passes_are_pooled_and_few_are_taken_of_long_calls() -> None:
     assert (first.times["peer"], second.times["peer"]) == ([1.1, 1.2, 1.1, 1.2], [0.9] * 5)
     row = row_of(case, ["peer", "late"], [first, second])
     assert row["ratio"] == {"peer": 0.9, "late": 3}  # which was absent, or wrong, in the first pass
-    assert row["spread"] == dict.fromkeys(second.times, 0) | {"peer": 0.1111}
+    assert row["spread"] == dict.fromkeys(second.times, 0) | {"peer": 0.1667}
     lost = second._replace(
         times={"normkit": [1.0], "copy": [1.0]}, errors={}, absent={"peer": "no"}
     )
@@ -229,6 +229,15 @@ def test_samples_of_passes_are_pooled_and_few_are_taken_of_long_calls() -> None:
     found = time_row(case, Scripted(), {"peer": peer(3 * LONG, LONG, 2 * LONG, 0.1)}, 5)
     assert found.times["peer"] == [3 * LONG, LONG, 2 * LONG]
     assert len(calls) == 3 + 1  # and the check
+
+
+@pytest.mark.parametrize(
+    ("count", "half"), [(1, 0), (2, 0.5), (6, 2.5), (8, 3.5), (9, 3), (20, 4.5)]
+)
+def test_spread_is_the_interval_of_the_median(count: int, half: float) -> None:
+    """By the tables of the sign test: of 20 samples from the 6th to the 15th, and so on."""
+    samples = [1.0 + i for i in range(count)]
+    assert spread(samples[::-1]) * np.median(samples) == pytest.approx(half)
 
 
 def test_a_run_is_written_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

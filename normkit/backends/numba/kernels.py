@@ -1059,16 +1059,14 @@ def _fetch_early(pointer, first, last):
 
 
 # What is written past the caches need not be read first, a third of the traffic. It pays where the
-# result would not stay in them: data of its size pass through them twice for x, likewise for dy, and
-# once for itself.
+# result would not stay in them. So often do data of its size pass through them: twice x, for its
+# sums too, twice dy, and what is written.
 PASSES_BACKWARD = 5
 
 
 @inline
 def _passes(stage, axes):
-    """The same of a forward kernel: x once, if its sums are not to be made, and as often again if
-    they are over the samples, which come from memory twice.
-    """
+    """The same forward. Sums over all samples count as more: x comes from memory again."""
     return 2 if stage == APPLY else 4 if axes[0] == 1 else 3
 
 
@@ -1714,8 +1712,8 @@ def _centre(x, mean, residual, rstd):
     return 1.0, high, mean - high + residual, rstd
 
 
-# Groups that follow each other in memory are planned side by side: of every `run` elements that share
-# a parameter, the numbers that their formula is made of are in tables.
+# Groups that follow each other in memory are planned side by side: the numbers that the formula of
+# every run is made of, elements that share a parameter, are in tables.
 @elementwise
 def _centre_each(x, count, factor, high, low, rstd):
     """`_centre` of groups whose mean, rounding error and rstd are `high`, `low` and `rstd`."""
@@ -1973,7 +1971,9 @@ def rows_forward(pointer, first, last):
                 else:
                     begin, stop = group, min(group + KNOWN, group + last - task)
                 _given_groups(call, begin, stop - begin, mean, residual, rstd)
-                quick = uniform and not _formulas(call, begin, stop - begin, run, moments, of_runs, table)
+                quick = uniform and not _formulas(
+                    call, begin, stop - begin, run, moments, of_runs, table
+                )
             i, count = group - begin, 1
             size = _end_of_stretch(axes, parts, group, place, at) - at
             if quick:
@@ -2415,9 +2415,7 @@ def rows_backward(pointer, first, last):
                 _fill(table_of_p, 0, runs, p)
                 if quick:
                     _run_params(axes, begin * r1, run, runs, call.gamma, table[1])
-            if quick and not _grad_formulas(
-                call, count, centre, table_of_s, table_of_p, *table
-            ):
+            if quick and not _grad_formulas(call, count, centre, table_of_s, table_of_p, *table):
                 at = begin * r1
                 for i in range(count):
                     before, form = form, lanes_of_each(table, i, like)
