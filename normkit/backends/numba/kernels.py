@@ -3198,8 +3198,8 @@ def _add_column_grads(call, unit, part, zero, factor, high, low, sums, to):
     dy, x, axes = call.dy, call.x, call.axes
     k0, r0, k1, r1, params, span = axes
     if _by_column(axes):
-        form = None, 0, factor, high, low
-        _add_rows(call, unit, part, zero, np.int64(4), sums, to, _products, dy, *form)
+        what = dy, None, 0, factor, high, low
+        _add_rows(call, unit, part, zero, np.int64(4), sums, to, _products, *what)
         return
     _, _, _, columns, origin = _slab(axes, unit)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
