@@ -264,6 +264,7 @@ def test_compare_names_what_changed_beyond_its_spread() -> None:
     old = results(same=10, blurred=10, slower=10, faster=10, gone=10)
     new = results(same=10.4, blurred=12, slower=12, faster=8, new=1)
     new["rows"][1]["spread"]["normkit"] = 0.2
+    new["rows"][2]["spread"]["normkit"] = 0.15  # not twice that
     changed = {row["case"]: ratio for ratio, row in report.compare(old, new)}
     assert changed == {"slower": pytest.approx(1.2), "faster": pytest.approx(0.8)}
     assert "4 rows in both: 1 slower, 1 faster" in str(report.comparison(old, new).title)

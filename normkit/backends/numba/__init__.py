@@ -416,7 +416,8 @@ class Numba(Backend):
                 run(k.rows_backward, k.SUMS, units * parts, partial, None)
             shares = np.empty((-(-k0 // rows), 2, params))
             space = k.grads_space.py_func(chunk)
-            grads = np.empty(2 * tasks * space + 64, work.real)  # with lines to spare
+            # With lines to spare; a thread uses, and so has pages for, its first task's only.
+            grads = np.empty(2 * tasks * space + 64, work.real)
             run(k.rows_backward_params, k.ALL, tasks, partial, shares, grads, rows)
             return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0

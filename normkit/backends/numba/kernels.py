@@ -855,7 +855,7 @@ LONG = 32  #: cache lines of a stretch from which on the processor fetches them 
 STREAMED = 97 << 13  #: cache lines read and written, 48.5 MiB, of which caches would keep too few
 SHORTEST = 8  #: cache lines of a run that is streamed; half, if they are whole
 PARTLY = 96  #: cache lines ahead that those between runs, which are not streamed, are asked for
-LEAD = 32  #: cache lines ahead that data read once are prefetched
+LEAD = 32  #: cache lines ahead that data are asked for
 AHEAD = 2  #: rows of columns that they are fetched ahead
 LEAD_ROWS = 16  #: the same where they are summed
 STRIP = 64  #: columns that are summed, of a few rows at once, before others are asked for
@@ -872,7 +872,7 @@ TABLE = WINDOW + 2 * SHORT
 PAIR = 2 * SLAB  #: a slab's sums: of one thing for each column, then of another
 PAIRS = 2 * PAIR  #: those of all parts so far, then of one part
 ROW_LIMIT = 4096  #: parameters that a thread widens for itself, on its stack
-#: groups side by side, or runs of one, whose formulas are kept: rows meet the groups again
+#: groups side by side, or their runs, whose formulas are kept: rows meet the groups again
 KNOWN = 2048 + 2 * SHORT
 ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at once, in the cache
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
@@ -991,7 +991,8 @@ def _by_column(axes):
 
 
 # Memory is slow to answer, and the processor asks ahead only where it recognises a pattern: not for
-# what is written, and not over the border of a page. Kernels prefetch where data are many.
+# what is written, and not over the border of a page. So sums ask for x and dy line by line, and
+# kernels, where data are many, for what is written or is not in order.
 @inline
 def _far(x, axes):
     """Whether data are too many to be in the cache."""
@@ -1001,7 +1002,7 @@ def _far(x, axes):
 
 @inline
 def _late(x, axes):
-    """Whether data read in their order are to be asked for. Halves are fetched in time without."""
+    """Whether data read in their order, and no sums, are to be asked for: halves are in time."""
     return _far(x, axes) and significand(x) >= 24
 
 
@@ -1066,7 +1067,7 @@ PASSES_BACKWARD = 5
 
 @inline
 def _passes(stage, axes):
-    """The same forward. Sums over all samples count as more: x comes from memory again."""
+    """The same forward. Sums over all samples count as more: so it was measured."""
     return 2 if stage == APPLY else 4 if axes[0] == 1 else 3
 
 
@@ -1143,9 +1144,9 @@ def _plus(a, b):
 
 
 @elementwise
-def _next_line(like, make, i, at, dy, x, *what):
-    """What ``make(i, None, like, at, dy, x, *what)`` gives, after asking for lines to come: even
-    where data are in order, processors ask by themselves for too few.
+def _line_ahead(like, make, i, at, dy, x, *what):
+    """``make(i, None, like, at, dy, x, *what)``, after asking for a line to come: even of data in
+    their order, processors have too few on their way.
     """
     fetch(x, i + LEAD * per_line(x))
     if dy is not None:
@@ -1160,13 +1161,13 @@ def _sum_lines(like, make, first, last, *what):
     if last - first < many:
         a = make(first, last - first, like, *what)
     else:
-        a, b, i = _next_line(like, make, first, *what), (like, like), first + many
+        a, b, i = _line_ahead(like, make, first, *what), (like, like), first + many
         while i + 2 * many <= last:
-            a = _plus(a, _next_line(like, make, i, *what))
-            b = _plus(b, _next_line(like, make, i + many, *what))
+            a = _plus(a, _line_ahead(like, make, i, *what))
+            b = _plus(b, _line_ahead(like, make, i + many, *what))
             i += 2 * many
         if i + many <= last:
-            a = _plus(a, _next_line(like, make, i, *what))
+            a = _plus(a, _line_ahead(like, make, i, *what))
             i += many
         if i < last:
             b = _plus(b, make(i, last - i, like, *what))
@@ -1190,7 +1191,7 @@ def _store_whole_lines(to, make, like, i, last, ahead, streams, at, dy, x, *what
     many = per_line(like)
     if streams:
         while i + many <= last:
-            stream_lanes(to, i, None, _next_line(like, make, i, at, dy, x, *what))
+            stream_lanes(to, i, None, make(i, None, like, at, dy, x, *what))
             i += many
         return i
     while i + 4 * many <= last:
@@ -1719,7 +1720,7 @@ def _centre_each(x, count, factor, high, low, rstd):
     """`_centre` of groups whose mean, rounding error and rstd are `high`, `low` and `rstd`."""
     for i in range(count):
         f, h, e, r = _centre(x, load(high, i), load(low, i), load(rstd, i))
-        if is_float64(x):  # nobody asks for others
+        if is_float64(x):  # others have none
             store(factor, i, f)
         store(high, i, h)
         store(low, i, e)
@@ -1731,7 +1732,8 @@ def _centre_runs(call, group, groups, runs, factor, high, low, rstd):
     """The same of each of their runs, from `group` on."""
     _load_groups(call, group, groups, high, low, rstd)
     _centre_each(call.x, groups, factor, high, low, rstd)
-    _expand(factor, groups, runs)
+    if is_float64(call.x):
+        _expand(factor, groups, runs)
     _expand(high, groups, runs)
     _expand(low, groups, runs)
     _expand(rstd, groups, runs)
@@ -1764,7 +1766,7 @@ def _y_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, shift
     return z * load_lanes(gamma, to + i, count, like) + load_lanes(beta, to + i, count, like)
 
 
-@elementwise
+@inline  # no fused multiply-add, as where a group's neighbour takes float64: the same bits
 def _set_formulas(x, count, mean, residual, rstd, high, scale, shift):
     """Let y of `count` runs, whose gamma and beta are `scale` and `shift`, be (x - high)*scale +
     shift by the numbers of the tables; how many take float64 or a factor.
@@ -1836,8 +1838,9 @@ def _apply_each(
 ):
     """The same, each stretch by itself, with gamma and beta if their elements have one each."""
     high, scale, shift = table
-    index, hop, one = first % params, stride % params, real(x, 1.0)
-    like, few, part = lanes(x, one), lanes_of_few(x, one), (np.int64(0), size)
+    index, hop = (0, 0) if gamma is None else (first % params, stride % params)
+    one, part = real(x, 1.0), (np.int64(0), size)
+    like, few = lanes(x, one), lanes_of_few(x, one)
     if size <= _FEW and index == hop == 0:
         what = 0, None, x, load_lanes(gamma, 0, part, few), load_lanes(beta, 0, part, few), 0
         for _ in range(count):
@@ -2231,21 +2234,22 @@ def _sums_of_runs(call, at, run, count, factor, high, low, rstd, weight, s, p):
         at += run
     if given(call.sums):
         _keep_sums(call.sums, first // run, count, s, p, rstd)
-    _run_params(call.axes, first, run, count, call.gamma, weight)
     _multiply(count, s, weight)
     _multiply(count, p, weight)
 
 
 @plain
-def _row_grads_across(call, task, factor, high, low, rstd, weight, s, p, of_s, of_p):
+def _row_grads_across(call, task, factor, high, low, rstd, weight, s, p):
     """`_row_grads` of one part of all groups side by side: stretch by stretch as in memory, each of
     one parameter.
     """
     k0, r0, k1, r1, params, span = call.axes
     sample, part = task // call.parts, task % call.parts
     _centre_runs(call, sample * k1, k1, 1, factor, high, low, rstd)
+    of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     _fill(of_s, 0, k1, 0.0)
     _fill(of_p, 0, k1, 0.0)
+    _run_params(call.axes, sample * r0 * k1 * r1, r1, k1, call.gamma, weight)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
     for at in range((sample * r0 + row) * k1 * r1, (sample * r0 + end) * k1 * r1, k1 * r1):
         _sums_of_runs(call, at, r1, k1, factor, high, low, rstd, weight, s, p)
@@ -2339,9 +2343,8 @@ def rows_backward(pointer, first, last):
             store(call.partial, 2 * task, s)
             store(call.partial, 2 * task + 1, p)
     elif stage == ACROSS:
-        of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
         for task in range(first, last):
-            _row_grads_across(call, task, *centre, table[1], table_of_s, table_of_p, of_s, of_p)
+            _row_grads_across(call, task, *centre, table[1], table_of_s, table_of_p)
     elif stage == APPLY and r0 > 1 and in_order:
         ahead = _ahead_of_stretch(x, axes)
         task, known, wide = first, np.int64(-1), False
@@ -2398,6 +2401,7 @@ def rows_backward(pointer, first, last):
             count = groups * runs
             if quick:
                 _centre_runs(call, begin, groups, runs, *centre)
+                _run_params(axes, begin * r1, run, count, call.gamma, table[1])
             if quick and parts == 1 and run <= CHUNK:
                 _sums_of_runs(
                     call, begin * r1, run, count, *centre, table[1], table_of_s, table_of_p
@@ -2413,8 +2417,6 @@ def rows_backward(pointer, first, last):
                     p += dp
                 _fill(table_of_s, 0, runs, s)
                 _fill(table_of_p, 0, runs, p)
-                if quick:
-                    _run_params(axes, begin * r1, run, runs, call.gamma, table[1])
             if quick and not _grad_formulas(call, count, centre, table_of_s, table_of_p, *table):
                 at = begin * r1
                 for i in range(count):
@@ -2520,7 +2522,7 @@ def rows_backward_params(pointer, first, last):
     chunk = params if params <= ROW_MOST else CHUNK
     chunks, space = (params + chunk - 1) // chunk, grads_space(chunk)
     # Whole lines, after one for lanes before a row's first, where that is not the first of a line.
-    # A thread's tasks share theirs, which stay near.
+    # A thread's tasks share those of its first, which stay near.
     dgamma = moved(call.grads, 2 * per_line(call.grads) - past_line(call.grads, 0))
     dgamma = moved(dgamma, 2 * first * space)
     dbeta = moved(dgamma, space)
