@@ -246,6 +246,49 @@ def widened(typing: Any, value: Any) -> Any:
 
 
 @intrinsic
+def narrowed(typing: Any, value: Any) -> Any:
+    """Lanes in float32."""
+    narrow = Lanes(value.element, types.float32, value.paired, value.count)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fptrunc(args[0], narrow.vector())
+
+    return narrow(value), generate
+
+
+def _llvm(builder: Any, name: str, *vectors: Any) -> Any:
+    """LLVM's own function of vectors of one type."""
+    kind = ir.FunctionType(vectors[0].type, [v.type for v in vectors])
+    scalar = "f64" if vectors[0].type.element == ir.DoubleType() else "f32"
+    name = f"llvm.{name}.v{vectors[0].type.count}{scalar}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), vectors)
+
+
+@intrinsic
+def root(typing: Any, value: Any) -> Any:
+    """The square root of each lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _llvm(builder, "sqrt", args[0])
+
+    return value(value), generate
+
+
+@intrinsic
+def unlike(typing: Any, low: Any, value: Any, high: Any) -> Any:
+    """How many lanes are not between two numbers: NaNs, too."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        low, high = (_splat(builder, args[i], value.count) for i in (0, 2))
+        below = builder.fcmp_unordered("<", args[1], low)
+        outside = builder.or_(below, builder.fcmp_unordered(">", args[1], high))
+        bits = builder.bitcast(outside, ir.IntType(value.count))
+        return builder.zext(builder.ctpop(bits), ir.IntType(64))
+
+    return types.int64(value.number, value, value.number), generate
+
+
+@intrinsic
 def load_lanes(typing: Any, pointer: Any, index: Any, count: Any, like: Any) -> Any:
     """Elements from `index` on, `count` or with None all, as numbers of the type of lanes `like`
     and in their order; a number instead of a pointer in all lanes, or such lanes, or None, as they
@@ -529,6 +572,7 @@ def _define(symbol: Any, instruction: str) -> None:
 _define(operator.add, "fadd")
 _define(operator.sub, "fsub")
 _define(operator.mul, "fmul")
+_define(operator.truediv, "fdiv")
 
 
 @intrinsic
@@ -1249,30 +1293,33 @@ def _to_rest(size, to):
 
 # Runs of a line or more that follow each other have a formula each, which is lanes full of numbers.
 # A line of `to` that two of them share is made by both, and stored once: it waits for the second.
+@inline
+def _of_run(dy, x, form):
+    """What ``make`` takes of a run: its parameters are in the formula, which has no factor."""
+    return np.int64(0), dy, x, None, None, 0, None, *form
+
+
 @elementwise
 def _store_run(to, make, like, at, first, end, ahead, streams, dy, x, before, form):
     """Let elements `at` to `end` of `to` be what ``make`` gives, by `before` up to `first` and then
     by `form`, as far as lines are whole; where the rest begins.
     """
-    what = np.int64(0), dy, x, None, None, 0, None
-    past = past_line(to, at)
+    past, what = past_line(to, at), _of_run(dy, x, form)
     if at < first:
-        both = spliced(before, form, first - at)
+        both = _of_run(dy, x, spliced(before, form, first - at))
         next_line = at + per_line(like)
-        at = _store_whole_lines(to, make, like, at, next_line, ahead, streams, *what, *both)
+        at = _store_whole_lines(to, make, like, at, next_line, ahead, streams, *both)
     elif past:
-        part = past, per_line(like) - past
-        _store_some(to, make, like, at - past, part, *what, *form)
+        _store_some(to, make, like, at - past, (past, per_line(like) - past), *what)
         at += per_line(like) - past
-    return _store_whole_lines(to, make, like, at, end, ahead, streams, *what, *form)
+    return _store_whole_lines(to, make, like, at, end, ahead, streams, *what)
 
 
 @elementwise
 def _store_rest(to, make, like, at, end, dy, x, form):
     """The last part of a line after the last run."""
     if at < end:
-        what = np.int64(0), dy, x, None, None, 0, None
-        _store_some(to, make, like, at, (np.int64(0), end - at), *what, *form)
+        _store_some(to, make, like, at, (np.int64(0), end - at), *_of_run(dy, x, form))
 
 
 @inline  # LLVM would keep `make`, an address of this process
@@ -1345,6 +1392,29 @@ def _columns_of_eight(like, x, first, size, part, count):
         load_lanes(x, first + min(6, last) * size, part, like),
         load_lanes(x, first + min(7, last) * size, part, like),
     ))  # fmt: skip
+
+
+@elementwise
+def _store_eight(y, first, size, count, rows):
+    """Store eight rows, which from the last of `count` on are equal."""
+    last = count - 1
+    store_lanes(y, first, size, rows[0])
+    store_lanes(y, first + min(1, last) * size, size, rows[1])
+    store_lanes(y, first + min(2, last) * size, size, rows[2])
+    store_lanes(y, first + min(3, last) * size, size, rows[3])
+    store_lanes(y, first + min(4, last) * size, size, rows[4])
+    store_lanes(y, first + min(5, last) * size, size, rows[5])
+    store_lanes(y, first + min(6, last) * size, size, rows[6])
+    store_lanes(y, first + min(7, last) * size, size, rows[7])
+
+
+@elementwise
+def _sums_of_columns(columns, s):
+    q = s
+    for column in columns:
+        d = widened(column)
+        s, q = s + d, q + d * d
+    return s, q
 
 
 @elementwise
@@ -1792,8 +1862,7 @@ def _formulas(call, group, groups, run, moments, of_runs, table):
     count, (_, scale, shift) = groups * runs, table
     if runs > 1:
         for i in range(3):
-            _copy_from(moments[i], 0, of_runs[i], groups)
-            _expand(of_runs[i], groups, runs)
+            _spread_to(of_runs[i], moments[i], groups, runs, 1)
         moments = of_runs
     if run:
         # As if all groups were side by side: rows of them begin with the same parameter.
@@ -1854,15 +1923,59 @@ def _apply_each(
     for _ in range(count):
         what = 0, None, x, gamma, beta, index - first
         form = one, load(high, i), load(scale, i), load(shift, i)
-        if size <= _FEW:
-            store_lanes(y, first, part, _y_of(first, part, few, *what, *form))
-        else:
-            _store_lines(y, _y_of, like, first, first + size, ahead, streams, *what, *form)
+        _store_lines(y, _y_of, like, first, first + size, ahead, streams, *what, *form)
         first += stride
         i += step
         index += hop
         if index >= params:
             index -= params
+
+
+@elementwise
+def _y_of_column(call, k, like, columns, *form):
+    of_k = min(k, call.axes[3] - 1)
+    gamma, beta = load(call.gamma, of_k), load(call.beta, of_k)
+    return _y_of(0, None, like, 0, None, columns[k], gamma, beta, 0, None, *form)
+
+
+@plain
+def _rows_of_few(call, group, groups, ahead):
+    """y of rows of few elements with a parameter each, eight rows at a time, by columns; whether
+    none takes float64, else it is not.
+    """
+    x, y, size = call.x, call.y, call.axes[3]
+    like, zero = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
+    one, share = zero + 1.0, 1.0 / size
+    for i in range(0, groups, _FEW):
+        at, count = (group + i) * size, min(groups - i, _FEW)
+        if ahead:
+            _fetch(x, at + ahead, at + ahead + _FEW * size)
+            _fetch(y, at, at + _FEW * size)
+        columns = _columns_of_eight(like, x, at, size, size, count)
+        s, q = _sums_of_columns(columns, zero)
+        mean = s * share if call.center else zero
+        square = mean * mean
+        var = q * share - square
+        rstd = one / root(var + call.eps)
+        if unlike(2.0**-40, rstd, 2.0**40) + unlike(0.0, var - square * 2.0**-20, 2.0**1000):
+            return False
+        if given(call.mean):
+            store_lanes(call.mean, group + i, count, mean)
+            store_lanes(call.rstd, group + i, count, rstd)
+        high = narrowed(mean)
+        form = high, narrowed(rstd), narrowed(zero - (mean - widened(high)) * rstd)
+        rows = transposed((
+            _y_of_column(call, 0, like, columns, *form),
+            _y_of_column(call, 1, like, columns, *form),
+            _y_of_column(call, 2, like, columns, *form),
+            _y_of_column(call, 3, like, columns, *form),
+            _y_of_column(call, 4, like, columns, *form),
+            _y_of_column(call, 5, like, columns, *form),
+            _y_of_column(call, 6, like, columns, *form),
+            _y_of_column(call, 7, like, columns, *form),
+        ))  # fmt: skip
+        _store_eight(y, at, size, count, rows)
+    return True
 
 
 @inline
@@ -1995,18 +2108,22 @@ def rows_forward(pointer, first, last):
             )
     else:
         fixed, later = _by_column(axes), _ahead_of_result(x, axes)
-        begin_round, end_round, early = 0, rounds, _ahead_of_short_rows(x, axes)
+        begin_round, end_round, ahead = 0, rounds, _ahead_of_short_rows(x, axes)
+        few = stage == ALL and r0 == 1 and r1 == params and run == 0 and r1 <= _FEW
+        few = few and not (is_float64(x) or given(call.running_mean))
         if stage == FINISH:
             begin_round, end_round = call.round, call.round + 1
         for begin in range(first, last, block):
             groups = min(block, last - begin)
+            if few and _rows_of_few(call, begin, groups, ahead):
+                continue
             if begin_round:
                 _copy_from(call.mean, begin, mean, groups)
             for again in range(begin_round, end_round):
                 for i in range(groups):
                     store(shift, i, _shift(call, begin + i, again == 1, mean, i))
                 if r0 == parts == 1 and r1 <= CHUNK:
-                    _sums_of_rows(x, call.y, begin * r1, r1, groups, shift, sums, early)
+                    _sums_of_rows(x, call.y, begin * r1, r1, groups, shift, sums, ahead)
                 else:
                     for i in range(groups):
                         if stage == FINISH:
@@ -2093,10 +2210,10 @@ def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
 
 
 @elementwise
-def _grad_sums_of_eight(dy, x, gamma, first, size, count, about, sums, to):
-    """`_grad_sums` of `count` of eight rows of few elements, x being less `about`."""
+def _grad_sums_of_eight(dy, x, gamma, first, size, count, high, low, sums, to):
+    """`_grad_sums` of `count` of eight rows of few elements."""
     like, s = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
-    p, mean = s, load_lanes(about, to, None, s)
+    p, mean = s, load_lanes(high, to, None, s) + load_lanes(low, to, None, s)
     weights = _columns_of_eight(like, gamma, 0, np.int64(0), size, 8)
     x_columns = _columns_of_eight(like, x, first, size, size, count)
     dy_columns = _columns_of_eight(like, dy, first, size, size, count)
@@ -2287,17 +2404,6 @@ def _apply_grad_stretch(
     )  # fmt: skip
 
 
-@inline
-def _add_runs(groups, runs, values):
-    """Let every run have the sum of its group's."""
-    if runs > 1:
-        for i in range(groups):
-            total = 0.0
-            for j in range(i * runs, (i + 1) * runs):
-                total += load(values, j)
-            _fill(values, i * runs, (i + 1) * runs, total)
-
-
 @elementwise
 def _grad_formulas(call, count, centre, s, p, high, scale, slope, shift):
     """Let dx of `count` runs, whose gamma is `scale`, be what `_dx_of` gives by the numbers of the
@@ -2406,8 +2512,10 @@ def rows_backward(pointer, first, last):
                 _sums_of_runs(
                     call, begin * r1, run, count, *centre, table[1], table_of_s, table_of_p
                 )
-                _add_runs(groups, runs, table_of_s)
-                _add_runs(groups, runs, table_of_p)
+                _fold_runs(table_of_s, groups, runs)
+                _fold_runs(table_of_p, groups, runs)
+                _expand(table_of_s, groups, runs)
+                _expand(table_of_p, groups, runs)
                 _multiply(count, table_of_p, centre[3])
             else:
                 s = p = 0.0
@@ -2455,52 +2563,32 @@ def grads_space(chunk):
     return (chunk + 2 * _LINE - 1) // _LINE * _LINE
 
 
-@elementwise
-def _lines_of_rows(call, row, count, sums, high, rstd, slope, shift, lift):
-    """What `_dx_and_shares_of` makes `count` rows by; how many of them take float64."""
-    wides = 0
-    for i in range(count):
-        mean, residual, r = _saved(call, row + i)
-        _, h, low, r = _centre(call.x, mean, residual, r)
-        a, b = _line(call, load(sums, i), load(sums, SLAB + i) * r, low, r)
-        wides += _extreme(r) | _unsafe(a)
-        store(high, i, h)
-        store(rstd, i, r)
-        store(slope, i, a)
-        store(shift, i, b)
-        store(lift, i, -low * r)
-    return wides
-
-
 @plain
-def _grads_of_few(call, gamma, row, count, about, sums, table, ahead, dgamma, dbeta):
+def _grads_of_few(call, gamma, row, count, centre, sums, table, ahead, dgamma, dbeta):
     """Sums of at most ROW_BLOCK rows of few elements, whose parameters are `gamma`; if none takes
     float64, dx and their share of dgamma and dbeta: whether that was so.
     """
     dy, x, dx, size = call.dy, call.x, call.dx, call.axes[3]
-    at, end = row * size, (row + count) * size
+    at, end, one = row * size, (row + count) * size, np.float32(1.0)
+    (_, high, low, rstd), (highs, rstds, slopes, shifts) = centre, table
     if ahead:
         _fetch(dy, at + ahead, end + ahead)
         _fetch(x, at + ahead, end + ahead)
         _fetch(dx, at, end)
-    _fill(about, 0, ROW_BLOCK, 0.0)
-    for i in range(count):
-        mean, residual, rstd = _saved(call, row + i)
-        _, high, low, _ = _centre(x, mean, residual, rstd)
-        store(about, i, high + low)
+    _centre_runs(call, row, count, 1, *centre)
     for i in range(0, count, 8):
         first = at + i * size
-        _grad_sums_of_eight(dy, x, gamma, first, size, count - i, about, sums, i)
-    if _lines_of_rows(call, row, count, sums, *table):
+        _grad_sums_of_eight(dy, x, gamma, first, size, count - i, high, low, sums, i)
+    _multiply(count, moved(sums, SLAB), rstd)
+    _fill(rstds, 0, count, one)
+    if _grad_formulas(call, count, centre, sums, moved(sums, SLAB), *table):
         return False
-    one, part = np.float32(1.0), (np.int64(0), size)
-    like, (highs, rstds, slopes, shifts, lifts) = lanes_of_few(x, one), table
+    part, like = (np.int64(0), size), lanes_of_few(x, one)
     of_gamma = of_beta = like  # zeros
     for i in range(count):
-        form = (
-            one, load(highs, i), load(rstds, i), load(slopes, i), load(shifts, i), load(lifts, i)
-        )  # fmt: skip
-        made, p, s = _dx_and_shares_of(at, part, like, at, dy, x, gamma, *form)
+        form = load(highs, i), load(rstds, i), load(slopes, i), load(shifts, i)
+        lift = np.float32(-load(low, i) * load(rstd, i))
+        made, p, s = _dx_and_shares_of(at, part, like, at, dy, x, gamma, one, *form, lift)
         of_gamma, of_beta = of_gamma + p, of_beta + s
         store_lanes(dx, at, part, made)
         at += size
@@ -2526,10 +2614,14 @@ def rows_backward_params(pointer, first, last):
     dgamma = moved(call.grads, 2 * per_line(call.grads) - past_line(call.grads, 0))
     dgamma = moved(dgamma, 2 * first * space)
     dbeta = moved(dgamma, space)
-    about, of_rows, one = scratch(0.0, ROW_BLOCK), scratch(0.0, PAIR), np.float32(1.0)
+    of_rows, one = scratch(0.0, PAIR), np.float32(1.0)
+    centre = (
+        scratch(0.0, ROW_BLOCK), scratch(0.0, ROW_BLOCK), scratch(0.0, ROW_BLOCK),
+        scratch(0.0, ROW_BLOCK)
+    )  # fmt: skip
     table = (
         scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK),
-        scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK)
+        scratch(one, ROW_BLOCK)
     )  # fmt: skip
     few = r1 == params and r1 <= _FEW and not (is_float64(x) or call.frozen)
     ahead = _ahead_of_short_rows(x, call.axes)
@@ -2547,7 +2639,7 @@ def rows_backward_params(pointer, first, last):
             _fill(dbeta, 0, count + per_line(x), zero)
             last_row = min(begin + ROW_BLOCK, end)
             done = few and _grads_of_few(
-                call, gamma, begin, last_row - begin, about, of_rows, table, ahead, dgamma, dbeta
+                call, gamma, begin, last_row - begin, centre, of_rows, table, ahead, dgamma, dbeta
             )
             for row in range(last_row if done else begin, last_row):
                 mean, residual, rstd = _saved(call, row)
@@ -2556,20 +2648,18 @@ def rows_backward_params(pointer, first, last):
                 at, stop, index, s, p = origin, origin + size, start, 0.0, 0.0
                 if given(call.partial):
                     s, p = _sums_of_parts(call, row)
-                    at = stop
                 elif few:
                     s, p = load(of_rows, row - begin), load(of_rows, SLAB + row - begin)
-                    at = stop
-                while at < stop and not call.frozen:
-                    last_of_piece, to = min(stop, at + min(CHUNK, params - index)), index - at
-                    ds, dp = _grad_sums(dy, x, at, last_of_piece, factor, high, low, gamma, to)
-                    s += ds
-                    p += dp
-                    index += last_of_piece - at
-                    if index == params:
-                        index = 0
-                    at = last_of_piece
-                if not given(call.partial):
+                elif not call.frozen:
+                    while at < stop:
+                        last_of_piece, to = min(stop, at + min(CHUNK, params - index)), index - at
+                        ds, dp = _grad_sums(dy, x, at, last_of_piece, factor, high, low, gamma, to)
+                        s += ds
+                        p += dp
+                        index += last_of_piece - at
+                        if index == params:
+                            index = 0
+                        at = last_of_piece
                     p *= scaled
                 slope, shift = _line(call, s, p, low, scaled)
                 lift, wide = -low * scaled, is_float64(x) or _extreme(rstd) or _unsafe(slope)
@@ -2841,12 +2931,18 @@ def _sum_run(values, first, last):
 
 
 @inline
-def _fold_pair(sums, groups, step):
-    """Sums of groups of `step` columns each, in place."""
-    if step > 1:
+def _fold_runs(values, groups, runs):
+    """Sums of groups of `runs` values each, in place."""
+    if runs > 1:
         for i in range(groups):
-            store(sums, i, _sum_run(sums, i * step, (i + 1) * step))
-            store(sums, SLAB + i, _sum_run(sums, SLAB + i * step, SLAB + (i + 1) * step))
+            store(values, i, _sum_run(values, i * runs, (i + 1) * runs))
+
+
+@inline
+def _fold_pair(sums, groups, step):
+    """The same of a slab's pairs of sums."""
+    _fold_runs(sums, groups, step)
+    _fold_runs(moved(sums, SLAB), groups, step)
 
 
 @inline
@@ -3270,10 +3366,8 @@ def _prepare_column_grads(
     _copy_from(sums, SLAB, p, count)
     _multiply(count, s, weight)
     _multiply(count, p, weight)
-    if alike > 1:
-        for i in range(groups):
-            store(s, i, _sum_run(s, i * alike, (i + 1) * alike))
-            store(p, i, _sum_run(p, i * alike, (i + 1) * alike))
+    _fold_runs(s, groups, alike)
+    _fold_runs(p, groups, alike)
     _lines(groups, axes[1] * r1, call.frozen, call.center, lows, rstds, s, p, slope, shift)
     _expand(slope, groups, alike)
     _expand(shift, groups, alike)
