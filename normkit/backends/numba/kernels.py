@@ -89,6 +89,7 @@ _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  #: bytes of a cache line
 SPARE = _LINE // 2  #: elements that lanes may have in any dtype: scratch memory has more by them
 _FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
+_SQUARE = _FEW * _FEW
 
 
 def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
@@ -256,12 +257,22 @@ def narrowed(typing: Any, value: Any) -> Any:
     return narrow(value), generate
 
 
-def _llvm(builder: Any, name: str, *vectors: Any) -> Any:
-    """LLVM's own function of vectors of one type."""
-    kind = ir.FunctionType(vectors[0].type, [v.type for v in vectors])
-    scalar = "f64" if vectors[0].type.element == ir.DoubleType() else "f32"
-    name = f"llvm.{name}.v{vectors[0].type.count}{scalar}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), vectors)
+@intrinsic
+def zero_like(typing: Any, value: Any) -> Any:
+    """A zero of the type of a number, or of lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(args[0].type, [0.0] * value.count if isinstance(value, Lanes) else 0.0)
+
+    return value(value), generate
+
+
+def _of_each(builder: Any, name: str, value: Any) -> Any:
+    """LLVM's function of numbers, of each lane."""
+    kind = ir.FunctionType(value.type, [value.type])
+    scalar = "f64" if value.type.element == ir.DoubleType() else "f32"
+    name = f"llvm.{name}.v{value.type.count}{scalar}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [value])
 
 
 @intrinsic
@@ -269,23 +280,44 @@ def root(typing: Any, value: Any) -> Any:
     """The square root of each lane."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _llvm(builder, "sqrt", args[0])
+        return _of_each(builder, "sqrt", args[0])
 
     return value(value), generate
 
 
+def _count_lanes(builder: Any, kind: Lanes, condition: Any, part: Any) -> Any:
+    first = builder.and_(condition, kind.mask(builder, part, kind.order))
+    bits = builder.bitcast(first, ir.IntType(kind.count))
+    return builder.zext(builder.ctpop(bits), ir.IntType(64))
+
+
 @intrinsic
-def unlike(typing: Any, low: Any, value: Any, high: Any) -> Any:
-    """How many lanes are not between two numbers: NaNs, too."""
+def above(typing: Any, value: Any, limit: Any, part: Any) -> Any:
+    """How many of the first `part` lanes are not at most `limit`'s: NaNs, too."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        low, high = (_splat(builder, args[i], value.count) for i in (0, 2))
-        below = builder.fcmp_unordered("<", args[1], low)
-        outside = builder.or_(below, builder.fcmp_unordered(">", args[1], high))
-        bits = builder.bitcast(outside, ir.IntType(value.count))
-        return builder.zext(builder.ctpop(bits), ir.IntType(64))
+        return _count_lanes(builder, value, builder.fcmp_unordered(">", *args[:2]), args[2])
 
-    return types.int64(value.number, value, value.number), generate
+    return types.int64(value, value, types.int64), generate
+
+
+@intrinsic
+def beyond(typing: Any, value: Any, low: Any, high: Any, part: Any) -> Any:
+    """How many of the first `part` lanes are `_beyond` a range."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size = _of_each(builder, "fabs", args[0])
+        zero, inf = (ir.Constant(size.type, [n] * value.count) for n in (0.0, float("inf")))
+        low, high = (_splat(builder, limit, value.count) for limit in args[1:3])
+
+        def between(lower: Any, upper: Any) -> Any:
+            over = builder.fcmp_ordered(">", size, lower)
+            return builder.and_(over, builder.fcmp_ordered("<", size, upper))
+
+        either = builder.or_(between(zero, low), between(high, inf))
+        return _count_lanes(builder, value, either, args[3])
+
+    return types.int64(value, value.number, value.number, types.int64), generate
 
 
 @intrinsic
@@ -890,6 +922,7 @@ inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
 NARROW = 512  #: products of halves that float32 adds up before they enter a float64 sum
+WIDE, VAST = 2.0**40, 2.0**100  #: of what float32 scales by, and of all that it scales
 TINY = 2.0**-100  #: a sum of products so small that float32 may have lost some of them
 NARROW_ROWS = 32  #: rows of columns from which on it adds up theirs, a few at a time
 CHUNK = 4096  #: elements of a stretch that are summed, or of a parameter that are widened, at once
@@ -919,6 +952,7 @@ ROW_LIMIT = 4096  #: parameters that a thread widens for itself, on its stack
 #: groups side by side, or their runs, whose formulas are kept: rows meet the groups again
 KNOWN = 2048 + 2 * SHORT
 ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at once, in the cache
+FEW_BLOCK = 128  #: the same of rows of few elements, sixteen of which are summed by each lane
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 
 #: Stages of a kernel. SUMS: a task is one part of a unit. ACROSS: a task is one part of all groups
@@ -965,20 +999,26 @@ def _own_param(call, param, kind, buffer):
 
 
 @inline
-def _extreme(rstd):
-    """Whether centring and scaling in float32 might overflow or lose small values.
+def _beyond(value, low, high):
+    """Whether a size is not between two numbers.
 
-    Not for 0, inf and NaN, which are what they are in float32 too: the columns of a slab are all
+    Not of 0, inf and NaN, which are what they are in float32 too: the columns of a slab are all
     computed in one type, and those beside a NaN keep their bits.
     """
-    return (rstd > 0.0) & (rstd <= 2.0**-40) | (rstd >= 2.0**40) & (rstd < np.inf)
+    size = abs(value)
+    return (size > 0.0) & (size < low) | (size > high) & (size < np.inf)
+
+
+@inline
+def _extreme(rstd):
+    """Whether centring and scaling in float32 might overflow or lose small values."""
+    return _beyond(rstd, 1.0 / WIDE, WIDE)
 
 
 @inline
 def _unsafe(factor):
     """Whether a float32 factor, or what it scales, might overflow or lose small values."""
-    size = abs(factor)
-    return (size > 0.0) & (size < 2.0**-100) | (size > 2.0**100) & (size < np.inf)
+    return _beyond(factor, 1.0 / VAST, VAST)
 
 
 @inline
@@ -1395,17 +1435,17 @@ def _columns_of_eight(like, x, first, size, part, count):
 
 
 @elementwise
-def _store_eight(y, first, size, count, rows):
-    """Store eight rows, which from the last of `count` on are equal."""
+def _store_eight(to, first, size, count, rows):
+    """Store `count` of eight rows: any others in the place of the last one, before that."""
     last = count - 1
-    store_lanes(y, first, size, rows[0])
-    store_lanes(y, first + min(1, last) * size, size, rows[1])
-    store_lanes(y, first + min(2, last) * size, size, rows[2])
-    store_lanes(y, first + min(3, last) * size, size, rows[3])
-    store_lanes(y, first + min(4, last) * size, size, rows[4])
-    store_lanes(y, first + min(5, last) * size, size, rows[5])
-    store_lanes(y, first + min(6, last) * size, size, rows[6])
-    store_lanes(y, first + min(7, last) * size, size, rows[7])
+    store_lanes(to, first + min(7, last) * size, size, rows[7])
+    store_lanes(to, first + min(6, last) * size, size, rows[6])
+    store_lanes(to, first + min(5, last) * size, size, rows[5])
+    store_lanes(to, first + min(4, last) * size, size, rows[4])
+    store_lanes(to, first + min(3, last) * size, size, rows[3])
+    store_lanes(to, first + min(2, last) * size, size, rows[2])
+    store_lanes(to, first + min(1, last) * size, size, rows[1])
+    store_lanes(to, first, size, rows[0])
 
 
 @elementwise
@@ -1949,15 +1989,14 @@ def _rows_of_few(call, group, groups, ahead):
     for i in range(0, groups, _FEW):
         at, count = (group + i) * size, min(groups - i, _FEW)
         if ahead:
-            _fetch(x, at + ahead, at + ahead + _FEW * size)
-            _fetch(y, at, at + _FEW * size)
+            _fetch_all(y, x, None, at + ahead, at + ahead + _FEW * size)
         columns = _columns_of_eight(like, x, at, size, size, count)
         s, q = _sums_of_columns(columns, zero)
         mean = s * share if call.center else zero
         square = mean * mean
         var = q * share - square
         rstd = one / root(var + call.eps)
-        if unlike(2.0**-40, rstd, 2.0**40) + unlike(0.0, var - square * 2.0**-20, 2.0**1000):
+        if beyond(rstd, 1.0 / WIDE, WIDE, count) + above(square, var * 2.0**20, count):
             return False
         if given(call.mean):
             store_lanes(call.mean, group + i, count, mean)
@@ -2210,18 +2249,13 @@ def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
 
 
 @elementwise
-def _grad_sums_of_eight(dy, x, gamma, first, size, count, high, low, sums, to):
-    """`_grad_sums` of `count` of eight rows of few elements."""
-    like, s = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
-    p, mean = s, load_lanes(high, to, None, s) + load_lanes(low, to, None, s)
-    weights = _columns_of_eight(like, gamma, 0, np.int64(0), size, 8)
-    x_columns = _columns_of_eight(like, x, first, size, size, count)
-    dy_columns = _columns_of_eight(like, dy, first, size, size, count)
+def _grad_sums_of_columns(x, dy, weights, mean):
+    """Sums of weighted dy and dy*(x - mean) of eight rows."""
+    s = p = zero_like(mean)
     for k in range(_FEW):
-        g = widened(dy_columns[k]) * widened(weights[k])
-        s, p = s + g, p + g * (widened(x_columns[k]) - mean)
-    store_lanes(sums, to, None, s)
-    store_lanes(sums, SLAB + to, None, p)
+        g = widened(dy[k]) * widened(weights[k])
+        s, p = s + g, p + g * (widened(x[k]) - mean)
+    return s, p
 
 
 @elementwise
@@ -2382,11 +2416,12 @@ def _row_grads_across(call, task, factor, high, low, rstd, weight, s, p):
 @inline
 def _line(call, s, p, low, rstd):
     """(slope, shift) of the part of dx that is linear in x*factor - high, over the factor."""
+    zero = zero_like(rstd)
     if call.frozen:
-        return 0.0, 0.0
-    share = 1.0 / (call.axes[1] * call.axes[3])
-    slope = -rstd * rstd * (p * share)
-    return slope, (-rstd * (s * share) if call.center else 0.0) - slope * low
+        return zero, zero
+    share = -1.0 / (call.axes[1] * call.axes[3])
+    slope = rstd * rstd * (p * share)
+    return slope, (rstd * (s * share) if call.center else zero) - slope * low
 
 
 @inline
@@ -2563,38 +2598,71 @@ def grads_space(chunk):
     return (chunk + 2 * _LINE - 1) // _LINE * _LINE
 
 
+@inline
+def _add_shares(made, to, dgamma, dbeta, count):
+    """Add what dgamma and dbeta gain by a column of eight rows; the column of dx."""
+    dx, of_gamma, of_beta = made
+    store_lanes(dgamma, to, None, load_lanes(dgamma, to, None, dx) + first_lanes(of_gamma, count))
+    store_lanes(dbeta, to, None, load_lanes(dbeta, to, None, dx) + first_lanes(of_beta, count))
+    return dx
+
+
+@elementwise
+def _dx_of_column(k, like, x, dy, gamma, sums, count, *form):
+    made = _dx_and_shares_of(0, None, like, 0, dy[k], x[k], gamma[k], *form)
+    of_gamma, of_beta = sums
+    return _add_shares(made, k * _FEW, of_gamma, of_beta, count)
+
+
 @plain
-def _grads_of_few(call, gamma, row, count, centre, sums, table, ahead, dgamma, dbeta):
-    """Sums of at most ROW_BLOCK rows of few elements, whose parameters are `gamma`; if none takes
-    float64, dx and their share of dgamma and dbeta: whether that was so.
+def _grads_of_few(call, gamma, row, rows, ahead, of_s, of_p, dgamma, dbeta):
+    """dx of rows of few elements, whose parameters are `gamma`, eight rows at a time, by columns,
+    and their share of dgamma and dbeta; if any takes float64, only their sums: whether none does.
     """
     dy, x, dx, size = call.dy, call.x, call.dx, call.axes[3]
-    at, end, one = row * size, (row + count) * size, np.float32(1.0)
-    (_, high, low, rstd), (highs, rstds, slopes, shifts) = centre, table
-    if ahead:
-        _fetch(dy, at + ahead, end + ahead)
-        _fetch(x, at + ahead, end + ahead)
-        _fetch(dx, at, end)
-    _centre_runs(call, row, count, 1, *centre)
-    for i in range(0, count, 8):
-        first = at + i * size
-        _grad_sums_of_eight(dy, x, gamma, first, size, count - i, high, low, sums, i)
-    _multiply(count, moved(sums, SLAB), rstd)
-    _fill(rstds, 0, count, one)
-    if _grad_formulas(call, count, centre, sums, moved(sums, SLAB), *table):
-        return False
-    part, like = (np.int64(0), size), lanes_of_few(x, one)
-    of_gamma = of_beta = like  # zeros
-    for i in range(count):
-        form = load(highs, i), load(rstds, i), load(slopes, i), load(shifts, i)
-        lift = np.float32(-load(low, i) * load(rstd, i))
-        made, p, s = _dx_and_shares_of(at, part, like, at, dy, x, gamma, one, *form, lift)
-        of_gamma, of_beta = of_gamma + p, of_beta + s
-        store_lanes(dx, at, part, made)
-        at += size
-    store_lanes(dgamma, 0, None, of_gamma)
-    store_lanes(dbeta, 0, None, of_beta)
-    return True
+    one = np.float32(1.0)
+    like, zero = lanes_of_few(x, one), lanes_of_few(x, 0.0)
+    weights = _columns_of_eight(like, gamma, 0, np.int64(0), size, 8)
+    sums = scratch(one, _SQUARE), scratch(one, _SQUARE)
+    _fill(sums[0], 0, _SQUARE, 0.0)
+    _fill(sums[1], 0, _SQUARE, 0.0)
+    wides = 0
+    for i in range(0, rows, _FEW):
+        at, count = (row + i) * size, min(rows - i, _FEW)
+        if ahead:
+            _fetch_all(dx, x, dy, at + ahead, at + ahead + _FEW * size)
+        x_columns = _columns_of_eight(like, x, at, size, size, count)
+        dy_columns = _columns_of_eight(like, dy, at, size, size, count)
+        mean = load_lanes(as_input(call.mean), row + i, count, zero)
+        rstd = load_lanes(as_input(call.rstd), row + i, count, zero)
+        s, p = _grad_sums_of_columns(x_columns, dy_columns, weights, mean)
+        p = p * rstd
+        store_lanes(of_s, i, None, s)
+        store_lanes(of_p, i, None, p)
+        high = narrowed(mean)
+        low = mean - widened(high)
+        slope, shift = _line(call, s, p, low, rstd)
+        wides += beyond(rstd, 1.0 / WIDE, WIDE, count) + beyond(slope, 1.0 / VAST, VAST, count)
+        if wides:
+            continue
+        form = one, high, narrowed(rstd), narrowed(slope), narrowed(shift)
+        what = like, x_columns, dy_columns, weights, sums, count
+        lift = narrowed(zero - low * rstd)
+        made = transposed((
+            _dx_of_column(0, *what, *form, lift),
+            _dx_of_column(1, *what, *form, lift),
+            _dx_of_column(2, *what, *form, lift),
+            _dx_of_column(3, *what, *form, lift),
+            _dx_of_column(4, *what, *form, lift),
+            _dx_of_column(5, *what, *form, lift),
+            _dx_of_column(6, *what, *form, lift),
+            _dx_of_column(7, *what, *form, lift),
+        ))  # fmt: skip
+        _store_eight(dx, at, size, count, made)
+    for k in range(size):
+        store(dgamma, k, _sum_run(sums[0], k * _FEW, (k + 1) * _FEW))
+        store(dbeta, k, _sum_run(sums[1], k * _FEW, (k + 1) * _FEW))
+    return wides == 0
 
 
 def rows_backward_params(pointer, first, last):
@@ -2614,17 +2682,9 @@ def rows_backward_params(pointer, first, last):
     dgamma = moved(call.grads, 2 * per_line(call.grads) - past_line(call.grads, 0))
     dgamma = moved(dgamma, 2 * first * space)
     dbeta = moved(dgamma, space)
-    of_rows, one = scratch(0.0, PAIR), np.float32(1.0)
-    centre = (
-        scratch(0.0, ROW_BLOCK), scratch(0.0, ROW_BLOCK), scratch(0.0, ROW_BLOCK),
-        scratch(0.0, ROW_BLOCK)
-    )  # fmt: skip
-    table = (
-        scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK), scratch(one, ROW_BLOCK),
-        scratch(one, ROW_BLOCK)
-    )  # fmt: skip
+    of_s, of_p, one = scratch(0.0, FEW_BLOCK), scratch(0.0, FEW_BLOCK), np.float32(1.0)
     few = r1 == params and r1 <= _FEW and not (is_float64(x) or call.frozen)
-    ahead = _ahead_of_short_rows(x, call.axes)
+    ahead, rows = _ahead_of_short_rows(x, call.axes), FEW_BLOCK if few else ROW_BLOCK
     # Halves have twice as many sums a line, which then begin and end within lines.
     streams = significand(x) >= 24 and _streams_rows(dx, PASSES_BACKWARD, call.axes, False)
     for task in range(first, last):
@@ -2634,12 +2694,12 @@ def rows_backward_params(pointer, first, last):
         size = count if chunks > 1 else r1
         end, share = min((block + 1) * call.rows, k0), 2 * block * params + skipped
         start = block * call.rows * r1 % params  # a row's first parameter
-        for begin in range(block * call.rows, end, ROW_BLOCK):
+        for begin in range(block * call.rows, end, rows):
             _fill(dgamma, 0, count + per_line(x), zero)
             _fill(dbeta, 0, count + per_line(x), zero)
-            last_row = min(begin + ROW_BLOCK, end)
+            last_row = min(begin + rows, end)
             done = few and _grads_of_few(
-                call, gamma, begin, last_row - begin, centre, of_rows, table, ahead, dgamma, dbeta
+                call, gamma, begin, last_row - begin, ahead, of_s, of_p, dgamma, dbeta
             )
             for row in range(last_row if done else begin, last_row):
                 mean, residual, rstd = _saved(call, row)
@@ -2649,7 +2709,7 @@ def rows_backward_params(pointer, first, last):
                 if given(call.partial):
                     s, p = _sums_of_parts(call, row)
                 elif few:
-                    s, p = load(of_rows, row - begin), load(of_rows, SLAB + row - begin)
+                    s, p = load(of_s, row - begin), load(of_p, row - begin)
                 elif not call.frozen:
                     while at < stop:
                         last_of_piece, to = min(stop, at + min(CHUNK, params - index)), index - at
