@@ -444,11 +444,13 @@ def test_a_sample_has_the_same_bits_alone(case: Case, dtype: str, backend: str, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_short_rows(norm: str, dtype: str, backend: str, xp: Any) -> None:
-    """Of which kernels may take several at once: as many as there are, or fewer."""
+    """Of which kernels may take several at once, unless one among them is extreme: as many as there
+    are, or fewer.
+    """
     rng, run, eps = np.random.default_rng(0), NORMS[norm], finfo(dtype).eps
     for size, count in itertools.product((1, 2, 3, 7, 8, 9, 16, 23, 31, 33), (1, 5, 8, 9, 270)):
         x = rng.normal(1, 2, (count, size)).astype(dtype)
-        x[1::7], x[3::7, 0], x[4::7] = 300, np.inf, np.nan
+        x[1:99:7], x[3:99:7, 0], x[4:99:7] = 300, np.inf, np.nan
         x, gamma = xp.asarray(x), xp.asarray(rng.normal(size=size).astype(dtype))
         y = run(x, gamma)
         with nk.use_backend("reference"):
@@ -459,7 +461,7 @@ def test_short_rows(norm: str, dtype: str, backend: str, xp: Any) -> None:
         assert off <= 8 * eps * (1 + np.nanmax(abs(want), initial=0)), (size, count)
         dy, x = (rng.normal(1, 2, (count, size)).astype(dtype) for _ in range(2))
         if dtype != "float16":
-            x[6::7] *= 1e15  # whose arithmetic is wider than their neighbours'
+            x[6:99:7] *= 1e15  # whose arithmetic is wider than their neighbours'
         dy, x = xp.asarray(dy), xp.asarray(x)
         grads = nk.vjp(run, x, gamma, eps=1.0)[1](dy)  # else few elements may have a huge rstd
         with nk.use_backend("reference"):

@@ -1948,16 +1948,8 @@ def _apply_each(
     """The same, each stretch by itself, with gamma and beta if their elements have one each."""
     high, scale, shift = table
     index, hop = (0, 0) if gamma is None else (first % params, stride % params)
-    one, part = real(x, 1.0), (np.int64(0), size)
-    like, few = lanes(x, one), lanes_of_few(x, one)
-    if size <= _FEW and index == hop == 0:
-        what = 0, None, x, load_lanes(gamma, 0, part, few), load_lanes(beta, 0, part, few), 0
-        for _ in range(count):
-            form = one, load(high, i), load(scale, i), load(shift, i)
-            store_lanes(y, first, part, _y_of(first, part, few, *what, *form))
-            first += stride
-            i += step
-        return
+    one = real(x, 1.0)
+    like = lanes(x, one)
     if streams:
         ahead = _to_rest(size, y)
     for _ in range(count):
@@ -2461,6 +2453,41 @@ def _grad_formulas(call, count, centre, s, p, high, scale, slope, shift):
     return wides
 
 
+@inline
+def _apply_grads_in_order(call, first, last, streams, centre, of_s, of_p, table):
+    """dx of stretches first..last, each of one parameter, in the order of memory."""
+    x, axes = call.x, call.axes
+    k0, r0, k1, r1, params, span = axes
+    ahead = _ahead_of_stretch(x, axes)
+    task, known, wide = first, np.int64(-1), False
+    while task < last:
+        row, place, at = task // k1, task % k1, task * r1
+        count, group = min(k1 - place, last - task), row // r0 * k1
+        if group != known:
+            known = group
+            for i in range(k1):
+                s = p = 0.0
+                if not call.frozen:
+                    s, p = _sums_of_parts(call, group + i)
+                store(of_s, i, s)
+                store(of_p, i, p)
+            _centre_runs(call, group, k1, 1, *centre)
+            _run_params(axes, row * k1 * r1, r1, k1, call.gamma, table[1])
+            wide = _grad_formulas(call, k1, centre, of_s, of_p, *table)
+        if wide:
+            for i in range(place, place + count):
+                index, end_of_run = _parameter(axes, at)
+                mean, residual, rstd = _saved(call, group + i)
+                s, p = load(of_s, i), load(of_p, i)
+                _apply_grad_stretch(
+                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
+                )  # fmt: skip
+                at += r1
+        else:
+            _store_runs(call.dx, _dx_of, at, r1, count, ahead, streams, call.dy, x, table, place)
+        task += count
+
+
 def rows_backward(pointer, first, last):
     """A unit is a group, its parts are stretches of memory."""
     call = _behind(pointer)
@@ -2487,35 +2514,7 @@ def rows_backward(pointer, first, last):
         for task in range(first, last):
             _row_grads_across(call, task, *centre, table[1], table_of_s, table_of_p)
     elif stage == APPLY and r0 > 1 and in_order:
-        ahead = _ahead_of_stretch(x, axes)
-        task, known, wide = first, np.int64(-1), False
-        while task < last:
-            row, place, at = task // k1, task % k1, task * r1
-            count, group = min(k1 - place, last - task), row // r0 * k1
-            if group != known:
-                known = group
-                for i in range(k1):
-                    s = p = 0.0
-                    if not call.frozen:
-                        s, p = _sums_of_parts(call, group + i)
-                    store(table_of_s, i, s)
-                    store(table_of_p, i, p)
-                _centre_runs(call, group, k1, 1, *centre)
-                _run_params(axes, row * k1 * r1, r1, k1, call.gamma, table[1])
-                wide = _grad_formulas(call, k1, centre, table_of_s, table_of_p, *table)
-            if wide:
-                for i in range(place, place + count):
-                    index, end_of_run = _parameter(axes, at)
-                    mean, residual, rstd = _saved(call, group + i)
-                    s, p = load(table_of_s, i), load(table_of_p, i)
-                    _apply_grad_stretch(
-                        call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, ahead,
-                        streams,
-                    )  # fmt: skip
-                    at += r1
-            else:
-                _store_runs(call.dx, _dx_of, at, r1, count, ahead, streams, dy, x, table, place)
-            task += count
+        _apply_grads_in_order(call, first, last, streams, centre, table_of_s, table_of_p, table)
     elif stage == APPLY:
         ahead = _ahead_of_stretch(x, axes)
         group, place, row, at = _find_stretch(axes, parts, first)
