@@ -89,7 +89,7 @@ _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  #: bytes of a cache line
 SPARE = _LINE // 2  #: elements that lanes may have in any dtype: scratch memory has more by them
 _FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
-_SQUARE = _FEW * _FEW
+_SQUARE = _FEW * _FEW  # a literal, as `scratch` needs
 
 
 def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
@@ -255,6 +255,16 @@ def narrowed(typing: Any, value: Any) -> Any:
         return builder.fptrunc(args[0], narrow.vector())
 
     return narrow(value), generate
+
+
+@intrinsic
+def minus(typing: Any, one: Any, other: Any) -> Any:
+    """A difference that no product is fused into: the same bits of numbers and of lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fsub(*args)
+
+    return one(one, one), generate
 
 
 @intrinsic
@@ -922,6 +932,7 @@ inline = njit(fastmath=False, forceinline=True, **_OPTIONS)
 plain = njit(fastmath=False, forceinline=False, **_OPTIONS)
 
 NARROW = 512  #: products of halves that float32 adds up before they enter a float64 sum
+GOOD = 2.0**20  #: squared means over variances up to which one pass serves
 WIDE, VAST = 2.0**40, 2.0**100  #: of what float32 scales by, and of all that it scales
 TINY = 2.0**-100  #: a sum of products so small that float32 may have lost some of them
 NARROW_ROWS = 32  #: rows of columns from which on it adds up theirs, a few at a time
@@ -952,8 +963,8 @@ ROW_LIMIT = 4096  #: parameters that a thread widens for itself, on its stack
 #: groups side by side, or their runs, whose formulas are kept: rows meet the groups again
 KNOWN = 2048 + 2 * SHORT
 ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at once, in the cache
-FEW_BLOCK = 128  #: the same of rows of few elements, sixteen of which are summed by each lane
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
+FEW_BLOCK = 128  #: the same of rows of few elements, by lanes: sixteen in each
 
 #: Stages of a kernel. SUMS: a task is one part of a unit. ACROSS: a task is one part of all groups
 #: side by side. FINISH: a task is a unit, whose parts were summed. APPLY: a task is a stretch of
@@ -1449,8 +1460,8 @@ def _store_eight(to, first, size, count, rows):
 
 
 @elementwise
-def _sums_of_columns(columns, s):
-    q = s
+def _sums_of_columns(columns, s, q):
+    """`s` and `q` plus the sums of eight rows and of their squares."""
     for column in columns:
         d = widened(column)
         s, q = s + d, q + d * d
@@ -1463,9 +1474,8 @@ def _sums_of_eight(x, first, size, count, sums, to):
     like, s = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
     q = s
     for j in range(0, size, 8):
-        for column in _columns_of_eight(like, x, first + j, size, min(size - j, 8), count):
-            d = widened(column)
-            s, q = s + d, q + d * d
+        columns = _columns_of_eight(like, x, first + j, size, min(size - j, 8), count)
+        s, q = _sums_of_columns(columns, s, q)
     store_lanes(sums, to, None, s)
     store_lanes(sums, SLAB + to, None, q)
 
@@ -1581,7 +1591,7 @@ def _central(s, q, count, center):
 @inline
 def _is_good(delta, var):
     """Whether the variance may be a difference from the squared mean; a NaN is not good."""
-    return delta * delta <= 2.0**20 * var
+    return delta * delta <= GOOD * var
 
 
 @plain
@@ -1720,7 +1730,7 @@ def _group_moments(x, count, groups, center, eps, shift, sums, mean, residual, v
         s, q = load(sums, i), load(sums, SLAB + i)
         delta = (s / count if is_float64(x) else s * share) if center else 0.0
         v = max((q / count if is_float64(x) else q * share) - delta * delta, 0.0)
-        bad += not ((delta * delta <= 2.0**20 * v) & (q < np.inf))
+        bad += not ((delta * delta <= GOOD * v) & (q < np.inf))
         store(mean, i, delta)
         store(var, i, v)
         store(rstd, i, 1.0 / np.sqrt(v + eps))
@@ -1972,8 +1982,8 @@ def _y_of_column(call, k, like, columns, *form):
 
 @plain
 def _rows_of_few(call, group, groups, ahead):
-    """y of rows of few elements with a parameter each, eight rows at a time, by columns; whether
-    none takes float64, else it is not.
+    """y of rows of few elements with a parameter each, eight rows at a time, by columns, up to the
+    first eight of which any takes float64; of how many rows.
     """
     x, y, size = call.x, call.y, call.axes[3]
     like, zero = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
@@ -1983,16 +1993,18 @@ def _rows_of_few(call, group, groups, ahead):
         if ahead:
             _fetch_all(y, x, None, at + ahead, at + ahead + _FEW * size)
         columns = _columns_of_eight(like, x, at, size, size, count)
-        s, q = _sums_of_columns(columns, zero)
+        s, q = _sums_of_columns(columns, zero, zero)
         mean = s * share if call.center else zero
         square = mean * mean
         var = q * share - square
         rstd = one / root(var + call.eps)
-        if beyond(rstd, 1.0 / WIDE, WIDE, count) + above(square, var * 2.0**20, count):
-            return False
+        if beyond(rstd, 1.0 / WIDE, WIDE, count) + above(square, var * GOOD, count):
+            return i
         if given(call.mean):
             store_lanes(call.mean, group + i, count, mean)
             store_lanes(call.rstd, group + i, count, rstd)
+        if given(call.var):
+            store_lanes(call.var, group + i, count, var)
         high = narrowed(mean)
         form = high, narrowed(rstd), narrowed(zero - (mean - widened(high)) * rstd)
         rows = transposed((
@@ -2006,7 +2018,7 @@ def _rows_of_few(call, group, groups, ahead):
             _y_of_column(call, 7, like, columns, *form),
         ))  # fmt: skip
         _store_eight(y, at, size, count, rows)
-    return True
+    return groups
 
 
 @inline
@@ -2146,8 +2158,11 @@ def rows_forward(pointer, first, last):
             begin_round, end_round = call.round, call.round + 1
         for begin in range(first, last, block):
             groups = min(block, last - begin)
-            if few and _rows_of_few(call, begin, groups, ahead):
-                continue
+            if few:
+                done = _rows_of_few(call, begin, groups, ahead)
+                begin, groups = begin + done, groups - done
+                if groups == 0:
+                    continue
             if begin_round:
                 _copy_from(call.mean, begin, mean, groups)
             for again in range(begin_round, end_round):
@@ -2268,22 +2283,17 @@ def _dx_of(i, count, like, at, dy, x, gamma, beta, to, factor, high, scale, slop
 
 
 @elementwise
-def _dx_and_shares_of(i, count, like, at, dy, x, gamma, factor, high, rstd, slope, shift, lift):
-    """The same by gamma, and what dgamma and dbeta gain: dy*xhat and dy."""
+def _dx_and_params_of(
+    i, count, like, at, dy, x, gamma, dgamma, dbeta, factor, high, rstd, slope, shift, lift
+):
+    """The same by gamma; dgamma and dbeta, which have lanes to spare, gain dy*xhat and dy."""
     j, g = i - at, load_lanes(dy, i, count, like)
     d = load_lanes(x, i, count, like) * factor - high
-    dx = (g * load_lanes(gamma, j, count, like) * rstd + (d * slope + shift)) * factor
-    return dx, first_lanes(g * (d * rstd + lift), count), g
-
-
-@elementwise
-def _dx_and_params_of(i, count, like, at, dy, x, gamma, dgamma, dbeta, *form):
-    """The dx of `_dx_and_shares_of`; dgamma and dbeta, which have lanes to spare, gain theirs."""
-    dx, of_gamma, of_beta = _dx_and_shares_of(i, count, like, at, dy, x, gamma, *form)
-    j = i - at  # whole lanes: what was stored in part, processors cannot load before it is in cache
+    of_gamma = first_lanes(g * (d * rstd + lift), count)
+    # Whole lanes: what was stored in part, processors cannot load before it is in the cache.
     store_lanes(dgamma, j, None, load_lanes(dgamma, j, None, like) + of_gamma)
-    store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, like) + of_beta)
-    return dx
+    store_lanes(dbeta, j, None, load_lanes(dbeta, j, None, like) + g)
+    return (g * load_lanes(gamma, j, count, like) * rstd + (d * slope + shift)) * factor
 
 
 @inline
@@ -2413,7 +2423,7 @@ def _line(call, s, p, low, rstd):
         return zero, zero
     share = -1.0 / (call.axes[1] * call.axes[3])
     slope = rstd * rstd * (p * share)
-    return slope, (rstd * (s * share) if call.center else zero) - slope * low
+    return slope, minus(rstd * (s * share) if call.center else zero, slope * low)
 
 
 @inline
@@ -2597,20 +2607,10 @@ def grads_space(chunk):
     return (chunk + 2 * _LINE - 1) // _LINE * _LINE
 
 
-@inline
-def _add_shares(made, to, dgamma, dbeta, count):
-    """Add what dgamma and dbeta gain by a column of eight rows; the column of dx."""
-    dx, of_gamma, of_beta = made
-    store_lanes(dgamma, to, None, load_lanes(dgamma, to, None, dx) + first_lanes(of_gamma, count))
-    store_lanes(dbeta, to, None, load_lanes(dbeta, to, None, dx) + first_lanes(of_beta, count))
-    return dx
-
-
 @elementwise
-def _dx_of_column(k, like, x, dy, gamma, sums, count, *form):
-    made = _dx_and_shares_of(0, None, like, 0, dy[k], x[k], gamma[k], *form)
-    of_gamma, of_beta = sums
-    return _add_shares(made, k * _FEW, of_gamma, of_beta, count)
+def _dx_of_column(k, count, like, dy, x, gamma, sums, *form):
+    g = first_lanes(dy[k], count)
+    return _dx_and_params_of(k * _FEW, count, like, 0, g, x[k], gamma[k], *sums, *form)
 
 
 @plain
@@ -2644,24 +2644,39 @@ def _grads_of_few(call, gamma, row, rows, ahead, of_s, of_p, dgamma, dbeta):
         wides += beyond(rstd, 1.0 / WIDE, WIDE, count) + beyond(slope, 1.0 / VAST, VAST, count)
         if wides:
             continue
-        form = one, high, narrowed(rstd), narrowed(slope), narrowed(shift)
-        what = like, x_columns, dy_columns, weights, sums, count
         lift = narrowed(zero - low * rstd)
+        form = one, high, narrowed(rstd), narrowed(slope), narrowed(shift), lift
+        what = count, like, dy_columns, x_columns, weights, sums, *form
         made = transposed((
-            _dx_of_column(0, *what, *form, lift),
-            _dx_of_column(1, *what, *form, lift),
-            _dx_of_column(2, *what, *form, lift),
-            _dx_of_column(3, *what, *form, lift),
-            _dx_of_column(4, *what, *form, lift),
-            _dx_of_column(5, *what, *form, lift),
-            _dx_of_column(6, *what, *form, lift),
-            _dx_of_column(7, *what, *form, lift),
+            _dx_of_column(0, *what),
+            _dx_of_column(1, *what),
+            _dx_of_column(2, *what),
+            _dx_of_column(3, *what),
+            _dx_of_column(4, *what),
+            _dx_of_column(5, *what),
+            _dx_of_column(6, *what),
+            _dx_of_column(7, *what),
         ))  # fmt: skip
         _store_eight(dx, at, size, count, made)
+    if wides:
+        return False
     for k in range(size):
         store(dgamma, k, _sum_run(sums[0], k * _FEW, (k + 1) * _FEW))
         store(dbeta, k, _sum_run(sums[1], k * _FEW, (k + 1) * _FEW))
-    return wides == 0
+    return True
+
+
+@inline
+def _keep_grads(sums, share, params, dgamma, dbeta, count, fresh):
+    """Let dgamma and dbeta of some rows be a share of them, or enter it; those of others follow."""
+    if fresh:
+        _copy_to(sums, share, dgamma, count)
+        _copy_to(sums, share + params, dbeta, count)
+    else:
+        _add(sums, share, dgamma, 0, count)
+        _add(sums, share + params, dbeta, 0, count)
+    _fill(dgamma, 0, count + SPARE, 0.0)
+    _fill(dbeta, 0, count + SPARE, 0.0)
 
 
 def rows_backward_params(pointer, first, last):
@@ -2683,7 +2698,7 @@ def rows_backward_params(pointer, first, last):
     dbeta = moved(dgamma, space)
     of_s, of_p, one = scratch(0.0, FEW_BLOCK), scratch(0.0, FEW_BLOCK), np.float32(1.0)
     few = r1 == params and r1 <= _FEW and not (is_float64(x) or call.frozen)
-    ahead, rows = _ahead_of_short_rows(x, call.axes), FEW_BLOCK if few else ROW_BLOCK
+    ahead, several = _ahead_of_short_rows(x, call.axes), FEW_BLOCK if few else ROW_BLOCK
     # Halves have twice as many sums a line, which then begin and end within lines.
     streams = significand(x) >= 24 and _streams_rows(dx, PASSES_BACKWARD, call.axes, False)
     for task in range(first, last):
@@ -2693,10 +2708,11 @@ def rows_backward_params(pointer, first, last):
         size = count if chunks > 1 else r1
         end, share = min((block + 1) * call.rows, k0), 2 * block * params + skipped
         start = block * call.rows * r1 % params  # a row's first parameter
-        for begin in range(block * call.rows, end, rows):
-            _fill(dgamma, 0, count + per_line(x), zero)
-            _fill(dbeta, 0, count + per_line(x), zero)
-            last_row = min(begin + rows, end)
+        fresh = True
+        _fill(dgamma, 0, count + SPARE, zero)
+        _fill(dbeta, 0, count + SPARE, zero)
+        for begin in range(block * call.rows, end, several):
+            last_row = min(begin + several, end)
             done = few and _grads_of_few(
                 call, gamma, begin, last_row - begin, ahead, of_s, of_p, dgamma, dbeta
             )
@@ -2740,12 +2756,11 @@ def rows_backward_params(pointer, first, last):
                     if start == count:
                         start = 0
                     at = last_of_run
-            if begin == block * call.rows:
-                _copy_to(sums, share, dgamma, count)
-                _copy_to(sums, share + params, dbeta, count)
-            else:
-                _add(sums, share, dgamma, 0, count)
-                _add(sums, share + params, dbeta, 0, count)
+                if (row + 1 - begin) % ROW_BLOCK == 0 and row + 1 < last_row:
+                    _keep_grads(sums, share, params, dgamma, dbeta, count, fresh)
+                    fresh = False
+            _keep_grads(sums, share, params, dgamma, dbeta, count, fresh)
+            fresh = False
 
 
 @elementwise
