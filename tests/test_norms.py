@@ -463,10 +463,8 @@ def test_short_rows(norm: str, dtype: str, backend: str, xp: Any) -> None:
         off = np.nanmax(abs(got - want), initial=0)
         assert off <= 8 * eps * (1 + np.nanmax(abs(want), initial=0)), (size, count)
         dy, x = (rng.normal(1, 2, (count, size)).astype(dtype) for _ in range(2))
-        if dtype != "float16":
-            x[first + 6 : first + 99 : 7] *= (
-                1e15  # whose arithmetic is wider than their neighbours'
-            )
+        if dtype != "float16":  # some whose arithmetic is wider than their neighbours'
+            x[first + 6 : first + 99 : 7] *= 1e15
         dy, x = xp.asarray(dy), xp.asarray(x)
         grads = nk.vjp(run, x, gamma, eps=1.0)[1](dy)  # else few elements may have a huge rstd
         with nk.use_backend("reference"):
