@@ -168,7 +168,7 @@ def test_the_steps_on_the_cpu(case: testing.Case, dtype: str, monkeypatch: Any) 
     with nk.use_backend(backend):
         said = nk.explain(case.norm, *args, **options).steps
         case.norm(*args, **options)
-    done = [step for step in done if step[0].endswith("forward")]
+    done = [step for step in done if step[0] != "widen"]
     tasks = [int(re.search(r": (\d+) ", step.launch)[1]) for step in said]  # type: ignore[index]
     assert list(zip((step.kernel for step in said), tasks, strict=True)) == done
 

@@ -41,15 +41,15 @@ class Work:
 
     dtype: str
     real: Any  #: dtype of the arithmetic
-    rows: bool  #: family of kernels: rows or columns
+    family: k.Family  #: of kernels
     axes: Axes  #: as given, but for `repeat` and `tile`
     repeat: int  #: each parameter is repeated so often, to make short runs vectors of parameters,
     tile: int  #: and then all of them so often, to make short vectors long
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
-    across: bool  #: whether a part of all groups is summed before the next part
-    stretches: int  #: tasks of backward's APPLY stage
-    blocks: int  #: parts of a group, or of a window of columns, in forward's APPLY stage
+    summed: int  #: tasks of summing all parts
+    stretches: int  #: tasks of dx from those sums
+    blocks: int  #: parts of a group, or of a window of columns, in y from given statistics
     windows: int  #: tasks of that
 
     @cached_property
@@ -63,9 +63,22 @@ class Work:
         return self.repeat == self.tile == 1
 
     @cached_property
+    def rows(self) -> bool:
+        """Whether groups are rows, not columns."""
+        return self.family is not k.COLUMNS
+
+    @cached_property
     def forward(self) -> Any:
-        """The compiled forward kernel."""
-        kernel = k.rows_forward if self.rows else k.columns_forward
+        """The compiled kernel of a whole group or slab, forward,"""
+        return self.compiled(self.family.forward)
+
+    @cached_property
+    def apply(self) -> Any:
+        """and that by statistics that are given."""
+        return self.compiled(self.family.apply)
+
+    def compiled(self, kernel: Any) -> Any:
+        """A kernel of the family, forward."""
         return k.compiled(kernel, k.Forward, self.dtype, "")
 
     def scarce(self, pool: Pool) -> bool:
@@ -75,13 +88,6 @@ class Work:
         threads = pool.threads(self.elements)
         return threads > 1 and self.units < 4 * threads and self.units % threads > 0
 
-    @property
-    def summing(self) -> tuple[int, int]:
-        """Stage and tasks of sums by parts."""
-        if self.across:
-            return k.ACROSS, self.axes.k0 * self.parts
-        return k.SUMS, self.units * self.parts
-
     def partial(self) -> Array:
         """Memory for the sums of all parts, and what lanes of them may read beyond."""
         return np.empty(self.units * self.parts * (2 if self.rows else k.PAIR) + k.SPARE)
@@ -90,7 +96,7 @@ class Work:
         """Whether forward shares them: also where groups or slabs share rows, which memory gives
         and takes slowly in pieces, and no cache keeps one from its sums to its result.
         """
-        if self.across:
+        if self.family is k.ACROSS:
             return True
         pieces = not self.rows and self.axes.k1 * self.axes.r1 > k.SLAB
         far = pieces and self.elements >= self.units * _NEAR
@@ -132,11 +138,14 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
     leaps = rows and by_run and r0 >= _LEAPS and r1 <= k.CHUNK and k1 <= k.KNOWN
     parts_across = min(_PARTS_ACROSS, r0 * r1 * size // _PART_BYTES)
     far = parts_across >= _LEAST_ACROSS and r0 * k1 * r1 * size >= _FAR_BYTES
-    across = leaps and far and not given
-    if across:
-        parts = parts_across
+    family = k.ROWS if rows else k.COLUMNS
+    if k1 == r0 == span == 1 < r1 == params <= k.FEW and size:
+        family = k.ROWS_OF_FEW
+    if leaps and far and not given:
+        family, parts = k.ACROSS, parts_across
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
+    summed = (k0 if family is k.ACROSS else units) * parts
     stretches = units * (r0 if rows and r0 > 1 else parts)
     blocks, windows = parts, stretches
     if not rows:
@@ -146,7 +155,7 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
         windows *= blocks
     name = dtype.name
     return Work(
-        name, real, rows, axes, repeat, tile, units, parts, across, stretches, blocks, windows
+        name, real, family, axes, repeat, tile, units, parts, summed, stretches, blocks, windows
     )
 
 
@@ -228,7 +237,7 @@ class Numba(Backend):
             self._by_parts(work, x, stats, _running(None, eps), eps, center)
         else:
             call = (x, None, None, None, *stats, None, *_running(None, eps))
-            numbers = (work.axes, eps, center, k.MOMENTS, 0, work.parts)
+            numbers = (work.axes, eps, center, 0, work.parts)
             self._pool.run(work.forward, call + numbers, work.units, work.elements)
         return stats
 
@@ -261,7 +270,7 @@ class Numba(Backend):
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
             x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
-            work.axes, eps, center, k.ALL, 0, work.parts,
+            work.axes, eps, center, 0, work.parts,
         )  # fmt: skip
         self._pool.run(work.forward, call, work.units, work.elements)
         return stats
@@ -300,11 +309,11 @@ class Numba(Backend):
         *as_read, kinds = _params(gamma, beta, work)
         direct = all(p is None or p is read for p, read in zip((gamma, beta), as_read, strict=True))
         run, elements, corrects = self._pool.run, work.elements, _corrects(update)
-        stage, parts, tasks = k.ALL, work.parts, work.units
+        kernel, parts, tasks = work.forward, work.parts, work.units
         if frozen:
-            stage, parts, tasks = k.APPLY, work.blocks, work.windows
+            kernel, parts, tasks = work.apply, work.blocks, work.windows
         numbers = _running(update, eps, kinds)[2:]
-        numbers += work.axes, eps or 0.0, center, stage, 0, parts
+        numbers += work.axes, eps or 0.0, center, 0, parts
 
         def launch(
             x: Array,
@@ -319,7 +328,7 @@ class Numba(Backend):
                 gamma, beta, _ = _params(gamma, beta, work)
             stats = self._stats(work, corrects) if keep and not frozen else _NONE
             call = (x, y, gamma, beta, *stats, None, mean, spread, *numbers)
-            run(work.forward, call, tasks, elements)
+            run(kernel, call, tasks, elements)
             return self.given(mean, spread, eps) if keep and frozen else stats
 
         return launch
@@ -349,9 +358,9 @@ class Numba(Backend):
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
             x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
-            work.axes, eps or 0.0, True, k.APPLY, 0, work.blocks,
+            work.axes, eps or 0.0, True, 0, work.blocks,
         )  # fmt: skip
-        self._pool.run(work.forward, call, work.windows, work.elements)
+        self._pool.run(work.apply, call, work.windows, work.elements)
 
     def _by_parts(
         self,
@@ -363,13 +372,13 @@ class Numba(Backend):
         center: bool,
     ) -> None:
         """Moments, the parts of a unit shared by threads."""
-        units, parts = work.units, work.parts
+        units, parts, family = work.units, work.parts, work.family
         partial = work.partial()
         arrays = (x, None, None, None, *stats, partial, *running)
         for again in range(2 if work.real == np.float64 and center else 1):
-            for stage, tasks in (work.summing, (k.FINISH, units)):
-                call = (*arrays, work.axes, eps, center, stage, again, parts)
-                self._pool.run(work.forward, call, tasks, work.elements)
+            call = (*arrays, work.axes, eps, center, again, parts)
+            for kernel, tasks in (family.sums, work.summed), (family.finish, units):
+                self._pool.run(work.compiled(kernel), call, tasks, work.elements)
 
     def gradients(
         self,
@@ -385,7 +394,7 @@ class Numba(Backend):
         affine: tuple[Any, Any] | None,
     ) -> tuple[Array, Array] | None:
         work = _work(axes, x.dtype, sums=affine is not None)
-        parts, units = work.parts, work.units
+        parts, units, family = work.parts, work.units, work.family
         k0, r0, k1, r1, params, span = work.axes
         gamma, narrow = _param(gamma, 1.0, work)
         kinds = k.NARROW_GAMMA * narrow
@@ -393,15 +402,15 @@ class Numba(Backend):
 
         def run(
             kernel: Any,
-            stage: int,
             tasks: int,
             partial: Any,
             sums: Any,
             grads: Any = None,
             rows: int = 0,
+            by_parts: bool = False,
         ) -> None:
             call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums, grads)
-            numbers = (kinds, work.axes, center, frozen, stage, parts, rows)
+            numbers = (kinds, work.axes, center, frozen, by_parts, parts, rows)
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
             self._pool.run(compiled, call + numbers, tasks, work.elements)
 
@@ -413,12 +422,12 @@ class Numba(Backend):
             tasks, partial = -(-k0 // rows) * -(-params // chunk), None
             if chunk < params and not frozen:
                 partial = np.empty(units * parts * 2)
-                run(k.rows_backward, k.SUMS, units * parts, partial, None)
+                run(family.grad_sums, work.summed, partial, None)
             shares = np.empty((-(-k0 // rows), 2, params))
             space = k.grads_space.py_func(chunk)
             # With lines to spare; a thread uses, and so has pages for, its first task's only.
             grads = np.empty(2 * tasks * space + 64, work.real)
-            run(k.rows_backward_params, k.ALL, tasks, partial, shares, grads, rows)
+            run(k.rows_backward_params, tasks, partial, shares, grads, rows)
             return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
         sums: Array | None = None
@@ -428,26 +437,25 @@ class Numba(Backend):
         elif affine and by_column:
             pieces = span // r1 if span % r1 == 0 else span  # of as many columns as are alike
             sums = np.empty((k0 * k1 * r1 // (params * span), params, pieces, 2))
-        kernel = k.rows_backward if work.rows else k.columns_backward
         needs_sums = sums is not None or not frozen
-        if not needs_sums or work.across or work.scarce(self._pool):
+        if not needs_sums or family is k.ACROSS or work.scarce(self._pool):
             partial = None
             if needs_sums:
                 partial = work.partial()
-                run(kernel, *work.summing, partial, sums)
-            run(kernel, k.APPLY, work.stretches, partial, sums)
+                run(family.grad_sums, work.summed, partial, sums)
+            run(family.grads, work.stretches, partial, sums, by_parts=True)
         else:
-            run(kernel, k.ALL, units, None, sums)
+            run(family.backward, units, None, sums)
         if not affine:
             return None
         if sums is None and work.rows and span == 1:
             count = max(1, min(_MOST_PARTS, x.size // params, x.size // _PART))
             shares = np.empty((count, 2, params))
-            run(k.slab_params, k.ALL, count * -(-params // k.SLAB), None, shares, None, count)
+            run(k.slab_params, count * -(-params // k.SLAB), None, shares, None, count)
             return self._fold_shares(shares, work, affine)
         if sums is None:
             sums = np.empty((x.size // (params * span), params, 1, 2))
-            run(k.param_sums, k.ALL, x.size // span, None, sums)
+            run(k.param_sums, x.size // span, None, sums)
         outer, params, pieces, _ = sums.shape
         numbers = (outer, 1, params, pieces, 2 * params * pieces, 0, 2 * pieces, 2, 1)
         return self._fold(sums, affine, numbers)
@@ -477,25 +485,27 @@ class Numba(Backend):
         if operation not in ("moments", "normalize", "infer", "forward"):
             return []  # no kernel's, or part of one of these
         work = _work(axes, x.dtype, given=operation in ("normalize", "infer"))
-        kernel, unit = ("rows_forward", "group") if work.rows else ("columns_forward", "slab")
+        family, unit = work.family, "group" if work.rows else "slab"
         threads = self._pool.threads(work.elements)
 
-        def step(does: str, tasks: int, unit: str) -> Step:
+        def step(kernel: Any, does: str, tasks: int, unit: str) -> Step:
             shared = f" on {min(threads, tasks)} threads" if threads > 1 and tasks > 1 else ""
-            return Step(kernel, f"{does}: {tasks} {unit}{'s' * (tasks != 1)}{shared}")
+            return Step(kernel.__name__, f"{does}: {tasks} {unit}{'s' * (tasks != 1)}{shared}")
 
         by_parts = work.by_parts(self._pool)
         if operation == "forward" and not by_parts:
-            return [step(f"statistics and result, {unit} by {unit}", work.units, unit)]
+            done = f"statistics and result, {unit} by {unit}"
+            return [step(family.forward, done, work.units, unit)]
         found = []
         if operation not in ("normalize", "infer"):
             if by_parts:
-                found.append(step("sums", work.summing[1], "part"))
-            found.append(step("statistics", work.units, unit))
+                found.append(step(family.sums, "sums", work.summed, "part"))
+            kernel = family.finish if by_parts else family.forward
+            found.append(step(kernel, "statistics", work.units, unit))
             if by_parts and work.real == np.float64 and options["center"]:
                 found *= 2  # about an element, then about the mean
         if operation != "moments":
-            found.append(step("result", work.windows, "piece"))
+            found.append(step(family.apply, "result", work.windows, "piece"))
         return found
 
     def copy_seconds(self, size: int) -> float:
@@ -503,14 +513,9 @@ class Numba(Backend):
 
     def kernels(self, dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         real = "float64" if dtype == "float64" else "float32"
-        forward = k.rows_forward, k.columns_forward
-        backward = (
-            k.rows_backward,
-            k.rows_backward_params,
-            k.columns_backward,
-            k.param_sums,
-            k.slab_params,
-        )
+        forward = dict.fromkeys(kernel for family in k.FAMILIES for kernel in family[:4])
+        backward = dict.fromkeys(kernel for family in k.FAMILIES for kernel in family[4:])
+        backward |= dict.fromkeys((k.rows_backward_params, k.param_sums, k.slab_params))
         needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
         needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))
         needed += [(k.fold, k.Fold, of_params, "") for of_params in k.DTYPES]

@@ -27,7 +27,7 @@ from collections import namedtuple
 from collections.abc import Collection
 from functools import cache, cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -88,8 +88,8 @@ DTYPES = tuple(_STORED)
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _LINE = 64  #: bytes of a cache line
 SPARE = _LINE // 2  #: elements that lanes may have in any dtype: scratch memory has more by them
-_FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
-_SQUARE = _FEW * _FEW  # a literal, as `scratch` needs
+FEW = 8  #: elements of rows that are loaded eight at a time, a tuple of so many lanes each
+_SQUARE = FEW * FEW  # a literal, as `scratch` needs
 
 
 def _mark(builder: Any, instruction: Any, kind: str, *scopes: str) -> None:
@@ -232,7 +232,7 @@ def _zeros(*form: Any) -> Any:
 lanes = _zeros(True)
 lanes_in_order = _zeros(False)  #: for tables of float32 or float64 beside the elements
 lanes_of_sums = _zeros(False, 16)  #: as many as registers hold in float64, with their sums
-lanes_of_few = _zeros(False, _FEW)
+lanes_of_few = _zeros(False, FEW)
 
 
 @intrinsic
@@ -312,22 +312,21 @@ def above(typing: Any, value: Any, limit: Any, part: Any) -> Any:
 
 
 @intrinsic
-def beyond(typing: Any, value: Any, low: Any, high: Any, part: Any) -> Any:
-    """How many of the first `part` lanes are `_beyond` a range."""
+def beyond(typing: Any, value: Any, most: Any, part: Any) -> Any:
+    """How many of the first `part` lanes are `_beyond` a number."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        size = _of_each(builder, "fabs", args[0])
-        zero, inf = (ir.Constant(size.type, [n] * value.count) for n in (0.0, float("inf")))
-        low, high = (_splat(builder, limit, value.count) for limit in args[1:3])
+        size, most = _of_each(builder, "fabs", args[0]), _splat(builder, args[1], value.count)
+        zero, one, inf = (ir.Constant(size.type, [n] * value.count) for n in (0, 1, float("inf")))
 
         def between(lower: Any, upper: Any) -> Any:
             over = builder.fcmp_ordered(">", size, lower)
             return builder.and_(over, builder.fcmp_ordered("<", size, upper))
 
-        either = builder.or_(between(zero, low), between(high, inf))
-        return _count_lanes(builder, value, either, args[3])
+        either = builder.or_(between(zero, builder.fdiv(one, most)), between(most, inf))
+        return _count_lanes(builder, value, either, args[2])
 
-    return types.int64(value, value.number, value.number, types.int64), generate
+    return types.int64(value, value.number, types.int64), generate
 
 
 @intrinsic
@@ -949,7 +948,7 @@ LEAD_ROWS = 16  #: the same where they are summed
 STRIP = 64  #: columns that are summed, of a few rows at once, before others are asked for
 STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near when it is written
 #: elements of rows below which eight are summed at a time: only of few, if loading parts is slow
-SHORT_ROW = 32 if _has_masks(ir.IntType(16)) else _FEW + 1
+SHORT_ROW = 32 if _has_masks(ir.IntType(16)) else FEW + 1
 SHORT = 64  #: stretches of fewer elements are columns, if there are several rows
 GIVEN = 32  #: the same where no sums are needed, since the statistics are given
 SLAB = 256  #: columns that one task of the columns family sums side by side
@@ -966,20 +965,15 @@ ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at on
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 FEW_BLOCK = 128  #: the same of rows of few elements, by lanes: sixteen in each
 
-#: Stages of a kernel. SUMS: a task is one part of a unit. ACROSS: a task is one part of all groups
-#: side by side. FINISH: a task is a unit, whose parts were summed. APPLY: a task is a stretch of
-#: memory, given the statistics. MOMENTS, ALL: a task is a unit, from its sums to its statistics, or
-#: to the end.
-SUMS, ACROSS, FINISH, APPLY, MOMENTS, ALL = range(6)
-
 Forward = namedtuple(
     "Forward",
     "x y gamma beta mean rstd var residual r d partial running_mean running_spread kinds factor "
-    "momentum clip axes eps center stage round parts",
+    "momentum clip axes eps center round parts",
 )
 Backward = namedtuple(
     "Backward",
-    "dy x dx gamma mean residual rstd partial sums grads kinds axes center frozen stage parts rows",
+    "dy x dx gamma mean residual rstd partial sums grads kinds axes center frozen by_parts parts "
+    "rows",
 )
 Fold = namedtuple(
     "Fold",
@@ -1010,26 +1004,34 @@ def _own_param(call, param, kind, buffer):
 
 
 @inline
-def _beyond(value, low, high):
-    """Whether a size is not between two numbers.
+def _with_params(call, gamma, beta):
+    """The call with its parameters as `_own_param`, in these buffers."""
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, gamma)
+    beta = _own_param(call, call.beta, NARROW_BETA, beta)
+    return replaced(replaced(call, "gamma", gamma), "beta", beta)
+
+
+@inline
+def _beyond(value, most):
+    """Whether a size is above a number, or below its reciprocal.
 
     Not of 0, inf and NaN, which are what they are in float32 too: the columns of a slab are all
     computed in one type, and those beside a NaN keep their bits.
     """
     size = abs(value)
-    return (size > 0.0) & (size < low) | (size > high) & (size < np.inf)
+    return (size > 0.0) & (size < 1.0 / most) | (size > most) & (size < np.inf)
 
 
 @inline
 def _extreme(rstd):
     """Whether centring and scaling in float32 might overflow or lose small values."""
-    return _beyond(rstd, 1.0 / WIDE, WIDE)
+    return _beyond(rstd, WIDE)
 
 
 @inline
 def _unsafe(factor):
     """Whether a float32 factor, or what it scales, might overflow or lose small values."""
-    return _beyond(factor, 1.0 / VAST, VAST)
+    return _beyond(factor, VAST)
 
 
 @inline
@@ -1158,12 +1160,13 @@ def _fetch_early(pointer, first, last):
 # result would not stay in them. So often do data of its size pass through them: twice x, for its
 # sums too, twice dy, and what is written.
 PASSES_BACKWARD = 5
+PASSES_APPLY = 2  #: the same of a result by statistics that are given
 
 
 @inline
-def _passes(stage, axes):
+def _passes(axes):
     """The same forward. Sums over all samples count as more: so it was measured."""
-    return 2 if stage == APPLY else 4 if axes[0] == 1 else 3
+    return 4 if axes[0] == 1 else 3
 
 
 @inline
@@ -1518,7 +1521,7 @@ def _part_sums(call, group, part, shift, before, after):
         row, at = begin // pieces, begin % pieces * CHUNK
     origin = _origin(axes, group) + row * k1 * r1
     ahead = _ahead_of_sums(None, x, axes)
-    streams = _streams_rows(y, _passes(call.stage, axes), axes, False)
+    streams = _streams_rows(y, _passes(axes), axes, False)
     writes = given(y) and r0 * r1 <= STAYS and not streams
     s = q = 0.0
     for _ in range(count):
@@ -1730,7 +1733,7 @@ def _group_moments(x, count, groups, center, eps, shift, sums, mean, residual, v
         s, q = load(sums, i), load(sums, SLAB + i)
         delta = (s / count if is_float64(x) else s * share) if center else 0.0
         v = max((q / count if is_float64(x) else q * share) - delta * delta, 0.0)
-        bad += not ((delta * delta <= GOOD * v) & (q < np.inf))
+        bad += not (_is_good(delta, v) & (q < np.inf))
         store(mean, i, delta)
         store(var, i, v)
         store(rstd, i, 1.0 / np.sqrt(v + eps))
@@ -1988,17 +1991,17 @@ def _rows_of_few(call, group, groups, ahead):
     x, y, size = call.x, call.y, call.axes[3]
     like, zero = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
     one, share = zero + 1.0, 1.0 / size
-    for i in range(0, groups, _FEW):
-        at, count = (group + i) * size, min(groups - i, _FEW)
+    for i in range(0, groups, FEW):
+        at, count = (group + i) * size, min(groups - i, FEW)
         if ahead:
-            _fetch_all(y, x, None, at + ahead, at + ahead + _FEW * size)
+            _fetch_all(y, x, None, at + ahead, at + ahead + FEW * size)
         columns = _columns_of_eight(like, x, at, size, size, count)
         s, q = _sums_of_columns(columns, zero, zero)
         mean = s * share if call.center else zero
         square = mean * mean
         var = q * share - square
         rstd = one / root(var + call.eps)
-        if beyond(rstd, 1.0 / WIDE, WIDE, count) + above(square, var * GOOD, count):
+        if beyond(rstd, WIDE, count) + above(square, var * GOOD, count):
             return i
         if given(call.mean):
             store_lanes(call.mean, group + i, count, mean)
@@ -2073,6 +2076,12 @@ def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ah
 
 
 @inline
+def _rounds(call):
+    """How often x is summed: float64's second time about the mean."""
+    return 2 if is_float64(call.x) and call.center else 1
+
+
+@inline
 def _shift(call, group, again, mean, i):
     """What a group is summed about: for float64 its first element, then its rounded mean."""
     if not (is_float64(call.x) and call.center):
@@ -2080,126 +2089,176 @@ def _shift(call, group, again, mean, i):
     return load(mean, i) if again else np.float64(load(call.x, _origin(call.axes, group)))
 
 
-def rows_forward(pointer, first, last):
-    """A unit is a group, its parts are stretches of memory."""
+def rows_sums(pointer, first, last):
+    """Sums of elements and of their squares: a task is a part of a group, a stretch of memory."""
+    call = _behind(pointer)
+    for task in range(first, last):
+        group, part = task // call.parts, task % call.parts
+        about = _shift(call, group, call.round == 1, call.mean, group)
+        s, q = _part_sums(call, group, part, about, 1.0, 1.0)
+        store(call.partial, 2 * task, s)
+        store(call.partial, 2 * task + 1, q)
+
+
+def rows_sums_across(pointer, first, last):
+    """The same: a task is a part of all groups side by side."""
+    call = _behind(pointer)
+    s, q = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    for task in range(first, last):
+        _sums_across(call, task, s, q)
+
+
+def rows_finish(pointer, first, last):
+    """Statistics of groups whose parts were summed; of float64, after a first round, the mean."""
+    call = _behind(pointer)
+    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
+    mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    final = call.round == _rounds(call) - 1
+    for begin in range(first, last, SLAB):
+        groups = min(SLAB, last - begin)
+        for i in range(groups):
+            store(shift, i, _shift(call, begin + i, call.round == 1, call.mean, begin + i))
+            s, q = _sums_of_parts(call, begin + i)
+            store(sums, i, s)
+            store(sums, SLAB + i, q)
+        _finish(call, begin, groups, final, shift, sums, mean, residual, var, rstd)
+
+
+@inline
+def _is_uniform(axes, run):
+    """Whether `_formulas` serve: of runs, or where elements with a parameter each follow each
+    other.
+    """
+    k0, r0, k1, r1, params, span = axes
+    return run > 0 or (span == 1 and params % r1 == 0)
+
+
+def rows_apply(pointer, first, last):
+    """y by statistics that are given: a task is a stretch of memory."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    beta = _own_param(call, call.beta, NARROW_BETA, scratch(zero, ROW_LIMIT))
-    call = replaced(replaced(call, "gamma", gamma), "beta", beta)
-    x, axes, parts, stage = call.x, call.axes, call.parts, call.stage
+    call = _with_params(call, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
+    x, axes, parts = call.x, call.axes, call.parts
     k0, r0, k1, r1, params, span = axes
-    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
-    moments = mean, residual, rstd
     of_runs = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
-    run = _run(x, axes, stage == ALL or parts == 1)
-    in_order = run >= per_line(x) and (r0 == 1 or stage == APPLY)
-    streams = _streams_rows(call.y, _passes(stage, axes), axes, in_order)
-    # Whether `_formulas` serve: of runs, or where elements with a parameter each follow each other.
-    uniform = run > 0 or (span == 1 and params % r1 == 0)
-    rounds = 2 if is_float64(x) and call.center else 1
+    run, step = _run(x, axes, parts == 1), np.int64(1)  # for a literal, all would be compiled again
+    streams = _streams_rows(call.y, PASSES_APPLY, axes, run >= per_line(x))
+    ahead = _ahead_of_stretch(x, axes)
+    most = min(SLAB, KNOWN * run // r1) if run else SLAB
+    begin, stop, quick = 0, 0, False  # of the groups whose statistics are at hand
+    group, place, row, at = _find_stretch(axes, parts, first)
+    task = first
+    while task < last:
+        if not begin <= group < stop:
+            if r0 == 1:
+                begin, stop = group, min(group + most, k0 * k1)
+            elif last - task > k1 - place:  # they are met again in the next row
+                begin = group - place % KNOWN
+                stop = min(begin + KNOWN, group - place + k1)
+            else:
+                begin, stop = group, min(group + KNOWN, group + last - task)
+            _given_groups(call, begin, stop - begin, mean, residual, rstd)
+            quick = _is_uniform(axes, run) and not _formulas(
+                call, begin, stop - begin, run, (mean, residual, rstd), of_runs, table
+            )
+        i, count = group - begin, 1
+        size = _end_of_stretch(axes, parts, group, place, at) - at
+        if quick:
+            if parts == 1 or r0 > 1:
+                count = min(stop - group, last - task)
+            _apply_groups(call, run, at, size, size, count, i, step, ahead, streams, table)
+        else:
+            index, end_of_run = _parameter(axes, at)
+            m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+            _apply_stretch(call, at, at + size, index, end_of_run, m, e, r, ahead, streams)
+        task += count
+        at += count * size
+        skipped = count - 1
+        group, place, row = _next_stretch(
+            axes, parts, group + skipped, place + (skipped if r0 > 1 else 0), row
+        )
+
+
+@inline
+def _forward_rows(call, first, last):
+    """Statistics and, if there is a y, the result of groups."""
+    x, axes, parts = call.x, call.axes, call.parts
+    zero = real(x, 0.0)
+    k0, r0, k1, r1, params, span = axes
+    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
+    mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    of_runs = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
+    run = _run(x, axes, True)
+    streams = _streams_rows(call.y, _passes(axes), axes, run >= per_line(x) and r0 == 1)
+    fixed, later, rounds = _by_column(axes), _ahead_of_result(x, axes), _rounds(call)
     none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
+    ahead = _ahead_of_short_rows(x, axes)
     block = min(SLAB, max(1, NEAR // (r0 * r1)))
     if r1 < SHORT_ROW:
         block -= block % 8
-    if stage == ACROSS:
-        for task in range(first, last):
-            _sums_across(call, task, mean, rstd)
-    elif stage == SUMS:
-        for task in range(first, last):
-            group = task // parts
-            about = _shift(call, group, call.round == 1, call.mean, group)
-            s, q = _part_sums(call, group, task % parts, about, 1.0, 1.0)
-            store(call.partial, 2 * task, s)
-            store(call.partial, 2 * task + 1, q)
-    elif stage == APPLY:
-        group, place, row, at = _find_stretch(axes, parts, first)
-        ahead = _ahead_of_stretch(x, axes)
-        most = min(SLAB, KNOWN * run // r1) if run else SLAB
-        begin, stop, quick = 0, 0, False  # of the groups whose statistics are at hand
-        task = first
-        while task < last:
-            if not begin <= group < stop:
-                if r0 == 1:
-                    begin, stop = group, min(group + most, k0 * k1)
-                elif last - task > k1 - place:  # they are met again in the next row
-                    begin = group - place % KNOWN
-                    stop = min(begin + KNOWN, group - place + k1)
-                else:
-                    begin, stop = group, min(group + KNOWN, group + last - task)
-                _given_groups(call, begin, stop - begin, mean, residual, rstd)
-                quick = uniform and not _formulas(
-                    call, begin, stop - begin, run, moments, of_runs, table
-                )
-            i, count = group - begin, 1
-            size = _end_of_stretch(axes, parts, group, place, at) - at
-            if quick:
-                if parts == 1 or r0 > 1:
-                    count = min(stop - group, last - task)
-                _apply_groups(call, run, at, size, size, count, i, step, ahead, streams, table)
-            else:
-                index, end_of_run = _parameter(axes, at)
-                m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-                _apply_stretch(call, at, at + size, index, end_of_run, m, e, r, ahead, streams)
-            task += count
-            at += count * size
-            skipped = count - 1
-            group, place, row = _next_stretch(
-                axes, parts, group + skipped, place + (skipped if r0 > 1 else 0), row
-            )
-    else:
-        fixed, later = _by_column(axes), _ahead_of_result(x, axes)
-        begin_round, end_round, ahead = 0, rounds, _ahead_of_short_rows(x, axes)
-        few = stage == ALL and r0 == 1 and r1 == params and run == 0 and r1 <= _FEW
-        few = few and not (is_float64(x) or given(call.running_mean))
-        if stage == FINISH:
-            begin_round, end_round = call.round, call.round + 1
-        for begin in range(first, last, block):
-            groups = min(block, last - begin)
-            if few:
-                done = _rows_of_few(call, begin, groups, ahead)
-                begin, groups = begin + done, groups - done
-                if groups == 0:
-                    continue
-            if begin_round:
-                _copy_from(call.mean, begin, mean, groups)
-            for again in range(begin_round, end_round):
-                for i in range(groups):
-                    store(shift, i, _shift(call, begin + i, again == 1, mean, i))
-                if r0 == parts == 1 and r1 <= CHUNK:
-                    _sums_of_rows(x, call.y, begin * r1, r1, groups, shift, sums, ahead)
-                else:
-                    for i in range(groups):
-                        if stage == FINISH:
-                            s, q = _sums_of_parts(call, begin + i)
-                        else:
-                            about = load(shift, i) if is_float64(x) else 0.0  # LLVM then knows it
-                            s, q = _group_sums(call, begin + i, about, 1.0, 1.0)
-                        store(sums, i, s)
-                        store(sums, SLAB + i, q)
-                final = again == rounds - 1
-                _finish(call, begin, groups, final, shift, sums, mean, residual, var, rstd)
-            if stage != ALL:
-                continue
-            at = _origin(axes, begin)
-            quick = uniform and not _formulas(call, begin, groups, run, moments, of_runs, table)
-            if quick and r0 == 1:
-                _apply_groups(call, run, at, r1, r1, groups, none, step, none, streams, table)
-                continue
+    for begin in range(first, last, block):
+        groups = min(block, last - begin)
+        for again in range(rounds):
             for i in range(groups):
-                at = _origin(axes, begin + i)
-                if quick:
-                    _apply_groups(call, run, at, r1, k1 * r1, r0, i, none, later, streams, table)
-                    continue
-                m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-                for row in range(r0):
-                    if row == 0 or not fixed:
-                        index, end_of_run = _parameter(axes, at)
-                    _apply_stretch(call, at, at + r1, index, end_of_run, m, e, r, later, streams)
-                    at += k1 * r1
-                    end_of_run += k1 * r1
+                store(shift, i, _shift(call, begin + i, again == 1, mean, i))
+            if r0 == parts == 1 and r1 <= CHUNK:
+                _sums_of_rows(x, call.y, begin * r1, r1, groups, shift, sums, ahead)
+            else:
+                for i in range(groups):
+                    about = load(shift, i) if is_float64(x) else 0.0  # LLVM then knows it
+                    s, q = _group_sums(call, begin + i, about, 1.0, 1.0)
+                    store(sums, i, s)
+                    store(sums, SLAB + i, q)
+            final = again == rounds - 1
+            _finish(call, begin, groups, final, shift, sums, mean, residual, var, rstd)
+        if not given(call.y):
+            continue
+        at = _origin(axes, begin)
+        quick = _is_uniform(axes, run) and not _formulas(
+            call, begin, groups, run, (mean, residual, rstd), of_runs, table
+        )
+        if quick and r0 == 1:
+            _apply_groups(call, run, at, r1, r1, groups, none, step, none, streams, table)
+            continue
+        for i in range(groups):
+            at = _origin(axes, begin + i)
+            if quick:
+                _apply_groups(call, run, at, r1, k1 * r1, r0, i, none, later, streams, table)
+                continue
+            m, e, r = load(mean, i), load(residual, i), load(rstd, i)
+            for row in range(r0):
+                if row == 0 or not fixed:
+                    index, end_of_run = _parameter(axes, at)
+                _apply_stretch(call, at, at + r1, index, end_of_run, m, e, r, later, streams)
+                at += k1 * r1
+                end_of_run += k1 * r1
+
+
+def rows_forward(pointer, first, last):
+    """Statistics and, if there is a y, the result: a task is a group."""
+    call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    _forward_rows(
+        _with_params(call, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)), first, last
+    )
+
+
+def rows_of_few_forward(pointer, first, last):
+    """The same of rows of few elements with a parameter each, not of float64."""
+    call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    call = _with_params(call, scratch(zero, FEW), scratch(zero, FEW))
+    ahead, few = _ahead_of_short_rows(call.x, call.axes), given(call.y)
+    few = few and not given(call.running_mean)
+    for begin in range(first, last, SLAB):
+        end, done = min(begin + SLAB, last), 0
+        if few:
+            done = _rows_of_few(call, begin, end - begin, ahead)
+        if begin + done < end:
+            _forward_rows(call, begin + done, end)
 
 
 # ----------------------------------------------------------------------------------- rows: backward
@@ -2259,7 +2318,7 @@ def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
 def _grad_sums_of_columns(x, dy, weights, mean):
     """Sums of weighted dy and dy*(x - mean) of eight rows."""
     s = p = zero_like(mean)
-    for k in range(_FEW):
+    for k in range(FEW):
         g = widened(dy[k]) * widened(weights[k])
         s, p = s + g, p + g * (widened(x[k]) - mean)
     return s, p
@@ -2498,107 +2557,138 @@ def _apply_grads_in_order(call, first, last, streams, centre, of_s, of_p, table)
         task += count
 
 
-def rows_backward(pointer, first, last):
-    """A unit is a group, its parts are stretches of memory."""
+def rows_grad_sums(pointer, first, last):
+    """Sums of gradients: a task is a part of a group, a stretch of memory."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
     gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
     call = replaced(call, "gamma", gamma)
-    dy, x, axes, parts, stage = call.dy, call.x, call.axes, call.parts, call.stage
+    walk = _walk(call, True)  # as if dx were: it is not written soon
+    for task in range(first, last):
+        s, p = _row_grads(call, task // call.parts, task % call.parts, walk)
+        store(call.partial, 2 * task, s)
+        store(call.partial, 2 * task + 1, p)
+
+
+def rows_grad_sums_across(pointer, first, last):
+    """The same: a task is a part of all groups side by side."""
+    call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    call = replaced(call, "gamma", gamma)
+    weight, s, p = scratch(zero, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    for task in range(first, last):
+        _row_grads_across(call, task, *centre, weight, s, p)
+
+
+def rows_grads(pointer, first, last):
+    """dx of groups whose parts were summed: a task is a stretch of memory."""
+    call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    call = replaced(call, "gamma", gamma)
+    x, axes, parts = call.x, call.axes, call.parts
+    k0, r0, k1, r1, params, span = axes
+    table = (
+        scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
+    )  # fmt: skip
+    of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    in_order = _run(x, axes, r0 > 1) >= per_line(x) and (r0 == 1 or k1 <= KNOWN)
+    streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, in_order)
+    if r0 > 1 and in_order:
+        _apply_grads_in_order(call, first, last, streams, centre, of_s, of_p, table)
+        return
+    ahead = _ahead_of_stretch(x, axes)
+    group, place, row, at = _find_stretch(axes, parts, first)
+    index, end_of_run = _parameter(axes, at)
+    for _ in range(first, last):
+        s = p = 0.0
+        if not call.frozen:
+            s, p = _sums_of_parts(call, group)
+        mean, residual, rstd = _saved(call, group)
+        end = _end_of_stretch(axes, parts, group, place, at)
+        index, end_of_run = _apply_grad_stretch(
+            call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
+        )
+        group, place, row = _next_stretch(axes, parts, group, place, row)
+        at = end
+
+
+def rows_backward(pointer, first, last):
+    """dx, from sums to the end: a task is a group."""
+    call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    call = replaced(call, "gamma", gamma)
+    dy, x, axes, parts = call.dy, call.x, call.axes, call.parts
     k0, r0, k1, r1, params, span = axes
     table = (
         scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     )  # fmt: skip
     table_of_s, table_of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
-    run = _run(x, axes, stage != APPLY or r0 > 1)
-    in_order = run >= per_line(x) and (r0 == 1 or (stage == APPLY and k1 <= KNOWN))
+    run = _run(x, axes, True)
+    in_order = run >= per_line(x) and r0 == 1
     streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, in_order)
     walk = _walk(call, streams)
-    if stage == SUMS:
-        for task in range(first, last):
-            s, p = _row_grads(call, task // parts, task % parts, walk)
-            store(call.partial, 2 * task, s)
-            store(call.partial, 2 * task + 1, p)
-    elif stage == ACROSS:
-        for task in range(first, last):
-            _row_grads_across(call, task, *centre, table[1], table_of_s, table_of_p)
-    elif stage == APPLY and r0 > 1 and in_order:
-        _apply_grads_in_order(call, first, last, streams, centre, table_of_s, table_of_p, table)
-    elif stage == APPLY:
-        ahead = _ahead_of_stretch(x, axes)
-        group, place, row, at = _find_stretch(axes, parts, first)
-        index, end_of_run = _parameter(axes, at)
-        for _ in range(first, last):
-            s = p = 0.0
-            if not call.frozen:
-                s, p = _sums_of_parts(call, group)
-            mean, residual, rstd = _saved(call, group)
-            end = _end_of_stretch(axes, parts, group, place, at)
-            index, end_of_run = _apply_grad_stretch(
-                call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
-            )
-            group, place, row = _next_stretch(axes, parts, group, place, row)
-            at = end
-    else:
-        fixed, later, none = _by_column(axes), _ahead_of_result(x, axes), np.int64(0)
-        quick = r0 == 1 and run >= per_line(x)
-        block, runs = (max(1, NEAR // r1), r1 // run) if quick else (1, 1)
-        like, done = lanes(x, zero), first * r1  # what is stored of groups side by side, by `form`
-        before = form = lanes_of_each(table, none, like)
-        for begin in range(first, last, block):
-            groups = min(block, last - begin)
-            count = groups * runs
-            if quick:
-                _centre_runs(call, begin, groups, runs, *centre)
-                _run_params(axes, begin * r1, run, count, call.gamma, table[1])
-            if quick and parts == 1 and run <= CHUNK:
-                _sums_of_runs(
-                    call, begin * r1, run, count, *centre, table[1], table_of_s, table_of_p
-                )
-                _fold_runs(table_of_s, groups, runs)
-                _fold_runs(table_of_p, groups, runs)
-                _expand(table_of_s, groups, runs)
-                _expand(table_of_p, groups, runs)
-                _multiply(count, table_of_p, centre[3])
-            else:
-                s = p = 0.0
-                for part in range(parts):
-                    ds, dp = _row_grads(call, begin, part, walk)
-                    s += ds
-                    p += dp
-                _fill(table_of_s, 0, runs, s)
-                _fill(table_of_p, 0, runs, p)
-            if quick and not _grad_formulas(call, count, centre, table_of_s, table_of_p, *table):
-                at = begin * r1
-                for i in range(count):
-                    before, form = form, lanes_of_each(table, i, like)
-                    done = _store_run(
-                        call.dx, _dx_of, like, done, at, at + run, none, streams, dy, x, before,
-                        form,
-                    )  # fmt: skip
-                    at += run
-                continue
-            if quick:
-                _store_rest(call.dx, _dx_of, like, done, begin * r1, dy, x, form)
-                done = (begin + groups) * r1
-            for i in range(groups):
-                at = _origin(axes, begin + i)
-                index, end_of_run = _parameter(axes, at)
-                mean, residual, rstd = _saved(call, begin + i)
-                s, p = load(table_of_s, i * runs), load(table_of_p, i * runs)
-                for _ in range(r0):
-                    _apply_grad_stretch(
-                        call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later,
-                        streams
-                    )  # fmt: skip
-                    at += k1 * r1
-                    if fixed:
-                        end_of_run += k1 * r1
-                    else:
-                        index, end_of_run = _parameter(axes, at)
+    fixed, later, none = _by_column(axes), _ahead_of_result(x, axes), np.int64(0)
+    quick = r0 == 1 and run >= per_line(x)
+    block, runs = (max(1, NEAR // r1), r1 // run) if quick else (1, 1)
+    like, done = lanes(x, zero), first * r1  # what is stored of groups side by side, by `form`
+    before = form = lanes_of_each(table, none, like)
+    for begin in range(first, last, block):
+        groups = min(block, last - begin)
+        count = groups * runs
         if quick:
-            _store_rest(call.dx, _dx_of, like, done, last * r1, dy, x, form)
+            _centre_runs(call, begin, groups, runs, *centre)
+            _run_params(axes, begin * r1, run, count, call.gamma, table[1])
+        if quick and parts == 1 and run <= CHUNK:
+            _sums_of_runs(call, begin * r1, run, count, *centre, table[1], table_of_s, table_of_p)
+            _fold_runs(table_of_s, groups, runs)
+            _fold_runs(table_of_p, groups, runs)
+            _expand(table_of_s, groups, runs)
+            _expand(table_of_p, groups, runs)
+            _multiply(count, table_of_p, centre[3])
+        else:
+            s = p = 0.0
+            for part in range(parts):
+                ds, dp = _row_grads(call, begin, part, walk)
+                s += ds
+                p += dp
+            _fill(table_of_s, 0, runs, s)
+            _fill(table_of_p, 0, runs, p)
+        if quick and not _grad_formulas(call, count, centre, table_of_s, table_of_p, *table):
+            at = begin * r1
+            for i in range(count):
+                before, form = form, lanes_of_each(table, i, like)
+                done = _store_run(
+                    call.dx, _dx_of, like, done, at, at + run, none, streams, dy, x, before,
+                    form,
+                )  # fmt: skip
+                at += run
+            continue
+        if quick:
+            _store_rest(call.dx, _dx_of, like, done, begin * r1, dy, x, form)
+            done = (begin + groups) * r1
+        for i in range(groups):
+            at = _origin(axes, begin + i)
+            index, end_of_run = _parameter(axes, at)
+            mean, residual, rstd = _saved(call, begin + i)
+            s, p = load(table_of_s, i * runs), load(table_of_p, i * runs)
+            for _ in range(r0):
+                _apply_grad_stretch(
+                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later,
+                    streams
+                )  # fmt: skip
+                at += k1 * r1
+                if fixed:
+                    end_of_run += k1 * r1
+                else:
+                    index, end_of_run = _parameter(axes, at)
+    if quick:
+        _store_rest(call.dx, _dx_of, like, done, last * r1, dy, x, form)
 
 
 @inline
@@ -2610,7 +2700,7 @@ def grads_space(chunk):
 @elementwise
 def _dx_of_column(k, count, like, dy, x, gamma, sums, *form):
     g = first_lanes(dy[k], count)
-    return _dx_and_params_of(k * _FEW, count, like, 0, g, x[k], gamma[k], *sums, *form)
+    return _dx_and_params_of(k * FEW, count, like, 0, g, x[k], gamma[k], *sums, *form)
 
 
 @plain
@@ -2626,10 +2716,10 @@ def _grads_of_few(call, gamma, row, rows, ahead, of_s, of_p, dgamma, dbeta):
     _fill(sums[0], 0, _SQUARE, 0.0)
     _fill(sums[1], 0, _SQUARE, 0.0)
     wides = 0
-    for i in range(0, rows, _FEW):
-        at, count = (row + i) * size, min(rows - i, _FEW)
+    for i in range(0, rows, FEW):
+        at, count = (row + i) * size, min(rows - i, FEW)
         if ahead:
-            _fetch_all(dx, x, dy, at + ahead, at + ahead + _FEW * size)
+            _fetch_all(dx, x, dy, at + ahead, at + ahead + FEW * size)
         x_columns = _columns_of_eight(like, x, at, size, size, count)
         dy_columns = _columns_of_eight(like, dy, at, size, size, count)
         mean = load_lanes(as_input(call.mean), row + i, count, zero)
@@ -2641,7 +2731,7 @@ def _grads_of_few(call, gamma, row, rows, ahead, of_s, of_p, dgamma, dbeta):
         high = narrowed(mean)
         low = mean - widened(high)
         slope, shift = _line(call, s, p, low, rstd)
-        wides += beyond(rstd, 1.0 / WIDE, WIDE, count) + beyond(slope, 1.0 / VAST, VAST, count)
+        wides += beyond(rstd, WIDE, count) + beyond(slope, VAST, count)
         if wides:
             continue
         lift = narrowed(zero - low * rstd)
@@ -2661,8 +2751,8 @@ def _grads_of_few(call, gamma, row, rows, ahead, of_s, of_p, dgamma, dbeta):
     if wides:
         return False
     for k in range(size):
-        store(dgamma, k, _sum_run(sums[0], k * _FEW, (k + 1) * _FEW))
-        store(dbeta, k, _sum_run(sums[1], k * _FEW, (k + 1) * _FEW))
+        store(dgamma, k, _sum_run(sums[0], k * FEW, (k + 1) * FEW))
+        store(dbeta, k, _sum_run(sums[1], k * FEW, (k + 1) * FEW))
     return True
 
 
@@ -2697,7 +2787,7 @@ def rows_backward_params(pointer, first, last):
     dgamma = moved(dgamma, 2 * first * space)
     dbeta = moved(dgamma, space)
     of_s, of_p, one = scratch(0.0, FEW_BLOCK), scratch(0.0, FEW_BLOCK), np.float32(1.0)
-    few = r1 == params and r1 <= _FEW and not (is_float64(x) or call.frozen)
+    few = r1 == params and r1 <= FEW and not (is_float64(x) or call.frozen)
     ahead, several = _ahead_of_short_rows(x, call.axes), FEW_BLOCK if few else ROW_BLOCK
     # Halves have twice as many sums a line, which then begin and end within lines.
     streams = significand(x) >= 24 and _streams_rows(dx, PASSES_BACKWARD, call.axes, False)
@@ -3147,9 +3237,10 @@ def _same_type(wide, count, first, columns, end):
 
 @inline
 def _prepare_columns(
-    call, slab, streams, mean, residual, rstd, factor, high, low, scale, shift, weight, wide, narrow
+    call, slab, streams, mean, residual, rstd, factor, high, scale, shift, wide, narrow
 ):
     """Each column's y = (x*factor - high)*scale + shift, narrow or not; how many need float64."""
+    low, weight = scratch(0.0, TABLE), scratch(0.0, TABLE)
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = slab
     most = _most(call.x, axes, streams)
@@ -3247,75 +3338,87 @@ def _store_slab(
         begin = stop
 
 
-def columns_forward(pointer, first, last):
-    """A unit is a slab of columns, or a window for APPLY; its parts are blocks of rows."""
+def columns_sums(pointer, first, last):
+    """Sums of elements and of their squares: a task is a part of a slab, a block of rows."""
     call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    beta = _own_param(call, call.beta, NARROW_BETA, scratch(zero, ROW_LIMIT))
-    call = replaced(replaced(call, "gamma", gamma), "beta", beta)
-    x, parts, stage, r0 = call.x, call.parts, call.stage, call.axes[1]
-    shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIRS)
-    mean, residual = scratch(0.0, TABLE), scratch(0.0, TABLE)
-    var, rstd = scratch(0.0, SLAB), scratch(0.0, TABLE)
-    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
-    scale, lift = scratch(0.0, TABLE), scratch(0.0, TABLE)
-    low, weight, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
-    one = np.float32(1.0)
-    narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
-    streams = _streams_columns(call.y, _passes(stage, call.axes), call.axes)
-    rounds = 2 if is_float64(x) and call.center else 1
-    ready, count = -1, 0
+    shift = scratch(0.0, SLAB)
     for task in range(first, last):
-        unit, part = task, 0
-        if stage == SUMS:
-            unit, part = task // parts, task % parts
-        if stage == APPLY:
-            unit, part = _find_window(call.axes, parts, task)
-            slab, begin, last_column = _window(call.axes, unit)
-        else:
-            slab = _slab(call.axes, unit)
-            begin, last_column = 0, slab[3]
-        group, groups, _, columns, _ = slab
-        if stage == SUMS:
-            if call.round:
-                _load_slab(call, unit, mean, residual, rstd)
-            _column_shift(call, unit, call.round == 1, mean, shift)
-            _column_sums(call, unit, part, shift, call.partial, PAIR * task)
-            continue
-        if stage == FINISH:
-            if call.round:
-                _load_slab(call, unit, mean, residual, rstd)
-            _column_shift(call, unit, call.round == 1, mean, shift)
-            _total(parts, call.partial, unit, columns, sums)
-            final = call.round == rounds - 1
-            _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
-            continue
-        if stage == APPLY:
-            if unit != ready:
-                _given_groups(call, group, groups, mean, residual, rstd)
-        else:
-            for again in range(rounds):
-                _column_shift(call, unit, again == 1, mean, shift)
-                for i in range(parts):
-                    _column_sums(call, unit, i, shift, sums, PAIR * min(i, 1))
-                    if i:
-                        _add_pair(sums, sums, PAIR, columns)
-                final = again == rounds - 1
-                _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
-        if stage == MOMENTS:
-            continue
-        row, end = 0, r0
-        if stage == APPLY:
-            row, end = part * r0 // parts, (part + 1) * r0 // parts
+        unit, part = task // call.parts, task % call.parts
+        _column_shift(
+            call, unit, call.round == 1, moved(call.mean, _slab(call.axes, unit)[0]), shift
+        )
+        _column_sums(call, unit, part, shift, call.partial, PAIR * task)
+
+
+def columns_finish(pointer, first, last):
+    """Statistics of slabs whose parts were summed; of float64, after a first round, the mean."""
+    call = _behind(pointer)
+    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIRS), scratch(0.0, SLAB)
+    mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    final = call.round == _rounds(call) - 1
+    for unit in range(first, last):
+        group, _, _, columns, _ = _slab(call.axes, unit)
+        _column_shift(call, unit, call.round == 1, moved(call.mean, group), shift)
+        _total(call.parts, call.partial, unit, columns, sums)
+        _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
+
+
+def columns_apply(pointer, first, last):
+    """y by statistics that are given: a task is a block of rows of a window of columns."""
+    call = _behind(pointer)
+    zero, one = real(call.x, 0.0), np.float32(1.0)
+    call = _with_params(call, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
+    mean, residual, rstd = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
+    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    scale, lift, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
+    narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
+    streams = _streams_columns(call.y, PASSES_APPLY, call.axes)
+    arrays, form = (call.y, None, call.x, call.gamma, call.beta), (factor, high, scale, lift)
+    r0, parts, ready, count = call.axes[1], call.parts, -1, 0
+    for task in range(first, last):
+        unit, part = _find_window(call.axes, parts, task)
+        slab, begin, end = _window(call.axes, unit)
         if unit != ready:  # the last task's tables serve the next part, if a row is one window
             ready = unit
+            _given_groups(call, slab[0], slab[1], mean, residual, rstd)
             count = _prepare_columns(
-                call, slab, streams, mean, residual, rstd, factor, high, low, scale, lift, weight,
-                wide, narrow
-            )  # fmt: skip
-        arrays, form = (call.y, None, x, gamma, beta), (factor, high, scale, lift)
-        place = call.axes, slab, row, end, streams, begin, last_column
+                call, slab, streams, mean, residual, rstd, factor, high, scale, lift, wide, narrow
+            )
+        rows = part * r0 // parts, (part + 1) * r0 // parts
+        place = call.axes, slab, *rows, streams, begin, end
+        _store_slab(arrays, _y_of, *place, wide, count, form, narrow)
+
+
+def columns_forward(pointer, first, last):
+    """Statistics and, if there is a y, the result: a task is a slab of columns."""
+    call = _behind(pointer)
+    zero, one = real(call.x, 0.0), np.float32(1.0)
+    call = _with_params(call, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
+    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIRS), scratch(0.0, SLAB)
+    mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    scale, lift, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
+    narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
+    streams = _streams_columns(call.y, _passes(call.axes), call.axes)
+    arrays, form = (call.y, None, call.x, call.gamma, call.beta), (factor, high, scale, lift)
+    rounds = _rounds(call)
+    for unit in range(first, last):
+        slab = _slab(call.axes, unit)
+        _, _, _, columns, _ = slab
+        for again in range(rounds):
+            _column_shift(call, unit, again == 1, mean, shift)
+            for i in range(call.parts):
+                _column_sums(call, unit, i, shift, sums, PAIR * min(i, 1))
+                if i:
+                    _add_pair(sums, sums, PAIR, columns)
+            final = again == rounds - 1
+            _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
+        if not given(call.y):
+            continue
+        count = _prepare_columns(
+            call, slab, streams, mean, residual, rstd, factor, high, scale, lift, wide, narrow
+        )
+        place = call.axes, slab, 0, call.axes[1], streams, 0, columns
         _store_slab(arrays, _y_of, *place, wide, count, form, narrow)
 
 
@@ -3461,13 +3564,30 @@ def _prepare_column_grads(
     return wides * step
 
 
-def columns_backward(pointer, first, last):
-    """A unit is a slab of columns, its parts are blocks of rows."""
+def columns_grad_sums(pointer, first, last):
+    """Sums of gradients: a task is a part of a slab, a block of rows."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
     gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
     call = replaced(call, "gamma", gamma)
-    parts, stage, r0 = call.parts, call.stage, call.axes[1]
+    mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    factor, high, low = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, SLAB)
+    wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    for task in range(first, last):
+        unit, part = task // call.parts, task % call.parts
+        _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide, lows, rstds)
+        _column_grad_sums(call, unit, part, factor, high, low, call.partial, PAIR * task)
+
+
+def columns_backward(pointer, first, last):
+    """dx: a task is a slab of columns, from sums to the end, or, of slabs whose parts were summed,
+    a block of rows.
+    """
+    call = _behind(pointer)
+    zero = real(call.x, 0.0)
+    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
+    call = replaced(call, "gamma", gamma)
+    parts, r0 = call.parts, call.axes[1]
     sums = scratch(0.0, PAIRS)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -3480,22 +3600,16 @@ def columns_backward(pointer, first, last):
     )  # fmt: skip
     step, streams = _step(call.axes), _streams_columns(call.dx, PASSES_BACKWARD, call.axes)
     for task in range(first, last):
-        unit, part = task, 0
-        if stage in (SUMS, APPLY):
+        unit, part, row, end = task, 0, 0, r0
+        if call.by_parts:
             unit, part = task // parts, task % parts
+            row, end = part * r0 // parts, (part + 1) * r0 // parts
         slab = _slab(call.axes, unit)
         columns = slab[3]
         count = _centre_columns(call, unit, s, p, factor, high, low, rstd, wide, lows, rstds)
-        if stage == SUMS:
-            to = PAIR * task
-            _column_grad_sums(call, unit, part, factor, high, low, call.partial, to)
-            continue
-        row, end = 0, r0
-        if stage == APPLY:
-            row, end = part * r0 // parts, (part + 1) * r0 // parts
         if not (given(call.sums) or not call.frozen):
             _clear_pair(sums, 0, columns)
-        elif stage == APPLY:
+        elif call.by_parts:
             _total(parts, call.partial, unit, columns, sums)
         else:
             for i in range(parts):
@@ -3651,6 +3765,32 @@ def _add_every(total, sums, at, step, count):
         store(total, j, load(total, j) + load(sums, at + j * step))
 
 
+class Family(NamedTuple):
+    """The kernels of one family, by what a task is and does."""
+
+    sums: Any  #: of a part, forward
+    finish: Any  #: statistics, from those
+    apply: Any  #: y of a piece, by statistics that are given
+    forward: Any  #: all of it of one unit: a group, or a slab of columns
+    grad_sums: Any  #: of a part, backward
+    grads: Any  #: dx of a piece, from those
+    backward: Any  #: all of it of one unit
+
+
+ROWS = Family(
+    rows_sums, rows_finish, rows_apply, rows_forward, rows_grad_sums, rows_grads, rows_backward
+)
+#: rows of at most `FEW` elements
+ROWS_OF_FEW = ROWS._replace(forward=rows_of_few_forward)
+#: rows whose parts are of all groups side by side
+ACROSS = ROWS._replace(sums=rows_sums_across, grad_sums=rows_grad_sums_across)
+COLUMNS = Family(
+    columns_sums, columns_finish, columns_apply, columns_forward, columns_grad_sums,
+    columns_backward, columns_backward,
+)  # fmt: skip
+FAMILIES = ROWS, ROWS_OF_FEW, ACROSS, COLUMNS
+
+
 # --------------------------------------------------------------------------------------- parameters
 def widen(pointer, first, last):
     """A parameter in the arithmetic type: each element `repeat` times, then all `tile` times.
@@ -3712,7 +3852,7 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
         "grads": Pointer(real, "scratch"),
         "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
-        "center": types.boolean, "frozen": types.boolean,
+        "center": types.boolean, "frozen": types.boolean, "by_parts": types.boolean,
         "running_mean": Pointer("float32", "scratch"),
         "running_spread": Pointer("float32", "scratch"),
         "factor": types.float64, "momentum": types.float64,
