@@ -223,8 +223,7 @@ def test_batches_whose_channels_are_far_apart(
     k1, run = shape[1], shape[2] * shape[3]
     axes = nk.axes.Axes(1, shape[0], k1, run, k1, run)
     work = numba_backend._work(axes, x.dtype)
-    assert work.rows
-    assert work.across == (k1 <= kernels.KNOWN)
+    assert work.family is (kernels.ACROSS if k1 <= kernels.KNOWN else kernels.ROWS)
     assert 16 * work.units * work.parts <= x.nbytes / 100
     gamma, beta = rng.uniform(0.5, 2, (2, k1)).astype("float32")
     if extreme:  # channels that take wider arithmetic
