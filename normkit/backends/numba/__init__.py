@@ -90,7 +90,11 @@ class Work:
 
     def partial(self) -> Array:
         """Memory for the sums of all parts, and what lanes of them may read beyond."""
-        return np.empty(self.units * self.parts * (2 if self.rows else k.PAIR) + k.SPARE)
+        columns = 1
+        if not self.rows:
+            _, _, k1, r1, _, _ = self.axes
+            columns = k.slab_groups.py_func(k1, r1) * r1
+        return np.empty(2 * self.units * self.parts * columns + k.SPARE)
 
     def by_parts(self, pool: Pool) -> bool:
         """Whether forward shares them: also where groups or slabs share rows, which memory gives
@@ -130,8 +134,8 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
             params *= tile
         units, elements = axes.groups, r0 * r1
     else:
-        groups = k.SLAB // r1
-        units, elements = k0 * -(-k1 // groups), r0 * min(k1 * r1, k.SLAB)
+        groups = k.slab_groups.py_func(k1, r1)
+        units, elements = k0 * -(-k1 // groups), r0 * groups * r1
     most = elements if rows else min(r0, max(_FEW_PARTS, r0 // _PART_ROWS))
     parts = max(1, min(_MOST_PARTS, 4 * (elements // _PART), most))
     size = dtype.itemsize if dtype != np.float64 else 0  # whose sums read x twice anyway

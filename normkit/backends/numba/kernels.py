@@ -951,7 +951,10 @@ STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near w
 SHORT_ROW = 32 if _has_masks(ir.IntType(16)) else FEW + 1
 SHORT = 64  #: stretches of fewer elements are columns, if there are several rows
 GIVEN = 32  #: the same where no sums are needed, since the statistics are given
-SLAB = 256  #: columns that one task of the columns family sums side by side
+#: columns that one task of the columns family sums side by side, if those are a whole row; wider
+#: rows are cut into pieces of NARROW_SLAB, of which a cache keeps more rows
+SLAB, NARROW_SLAB = 384, 256
+TOGETHER = 256  #: columns of several rows that are summed, or stored, as if they were one
 WINDOW = 2048  #: columns that it gives results of: long pieces of rows are what memory likes
 #: all columns of the groups that those may belong to; tables a power of two long would evict each
 #: other, as their entries for a column would be in one set of the cache
@@ -2867,10 +2870,16 @@ def _add(target, at, source, begin, count):
 
 # --------------------------------------------------------------------------------- columns: forward
 @inline
+def slab_groups(k1, r1):
+    """How many of k1 groups side by side, of r1 columns each, are a slab."""
+    return k1 if k1 * r1 <= SLAB else max(NARROW_SLAB // r1, 1)
+
+
+@inline
 def _slab(axes, unit):
     """(first group, groups, first column, columns, flat position) of a unit of columns."""
     k0, r0, k1, r1, params, span = axes
-    size = SLAB // r1
+    size = slab_groups(k1, r1)
     sample, slab = 0, unit
     if k0 > 1:
         slabs = (k1 + size - 1) // size
@@ -2934,7 +2943,7 @@ def _most(x, axes, streams):
     """Columns of a result that are stored at once: where rows are no whole lines, runs that are
     streamed had better be long, but their tables near.
     """
-    return WINDOW // 2 if streams and axes[2] * axes[3] % per_line(x) else SLAB
+    return WINDOW // 2 if streams and axes[2] * axes[3] % per_line(x) else TOGETHER
 
 
 @elementwise
@@ -3011,7 +3020,7 @@ def _add_rows(call, unit, part, zero, several, sums, to, make, dy, *form):
     _, _, _, columns, origin = _slab(call.axes, unit)
     x, like, exact = call.x, lanes_of_sums(call.x, zero), lanes_of_sums(call.x, 0.0)
     row, end = part * r0 // call.parts, (part + 1) * r0 // call.parts
-    stride, many = k1 * r1, _side_by_side(call.axes, columns, SLAB)
+    stride, many = k1 * r1, _side_by_side(call.axes, columns, TOGETHER)
     ahead = _far(x, call.axes)
     _clear_pair(sums, to, many * columns)
     wide = many * columns
@@ -3083,7 +3092,7 @@ def _column_shift(call, unit, again, mean, shift):
         for i in range(groups):
             store(shift, i, load(call.x, origin + i * r1))
     _expand(shift, groups, r1)
-    _repeat(shift, _side_by_side(call.axes, columns, SLAB), columns)
+    _repeat(shift, _side_by_side(call.axes, columns, TOGETHER), columns)
 
 
 @reduction
@@ -3134,17 +3143,28 @@ def _clear_pair(sums, to, columns):
 
 
 @elementwise
-def _add_pair(sums, source, at, columns):
+def _add_pair(sums, source, at, gap, columns):
     _add(sums, 0, source, at, columns)
-    _add(sums, SLAB, source, at + SLAB, columns)
+    _add(sums, SLAB, source, at + gap, columns)
+
+
+# A part's sums are made on the stack, so that threads share no line before they are done.
+@inline
+def _keep_pair(call, task, sums):
+    """Keep the sums of a part of a slab."""
+    _, _, _, columns, _ = _slab(call.axes, task // call.parts)
+    at = task * 2 * slab_groups(call.axes[2], call.axes[3]) * call.axes[3]
+    _copy_to(call.partial, at, sums, columns)
+    _copy_to(call.partial, at + columns, moved(sums, SLAB), columns)
 
 
 @plain
-def _total(parts, partial, unit, columns, sums):
+def _total(call, unit, columns, sums):
     """Sums of a slab from those of its parts."""
     _clear_pair(sums, 0, columns)
-    for part in range(parts):
-        _add_pair(sums, partial, PAIR * (unit * parts + part), columns)
+    size = 2 * slab_groups(call.axes[2], call.axes[3]) * call.axes[3]
+    for task in range(unit * call.parts, (unit + 1) * call.parts):
+        _add_pair(sums, call.partial, task * size, columns, columns)
 
 
 @reduction
@@ -3341,25 +3361,26 @@ def _store_slab(
 def columns_sums(pointer, first, last):
     """Sums of elements and of their squares: a task is a part of a slab, a block of rows."""
     call = _behind(pointer)
-    shift = scratch(0.0, SLAB)
+    shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIR)
     for task in range(first, last):
         unit, part = task // call.parts, task % call.parts
         _column_shift(
             call, unit, call.round == 1, moved(call.mean, _slab(call.axes, unit)[0]), shift
         )
-        _column_sums(call, unit, part, shift, call.partial, PAIR * task)
+        _column_sums(call, unit, part, shift, sums, 0)
+        _keep_pair(call, task, sums)
 
 
 def columns_finish(pointer, first, last):
     """Statistics of slabs whose parts were summed; of float64, after a first round, the mean."""
     call = _behind(pointer)
-    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIRS), scratch(0.0, SLAB)
+    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     final = call.round == _rounds(call) - 1
     for unit in range(first, last):
         group, _, _, columns, _ = _slab(call.axes, unit)
         _column_shift(call, unit, call.round == 1, moved(call.mean, group), shift)
-        _total(call.parts, call.partial, unit, columns, sums)
+        _total(call, unit, columns, sums)
         _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
 
 
@@ -3410,7 +3431,7 @@ def columns_forward(pointer, first, last):
             for i in range(call.parts):
                 _column_sums(call, unit, i, shift, sums, PAIR * min(i, 1))
                 if i:
-                    _add_pair(sums, sums, PAIR, columns)
+                    _add_pair(sums, sums, PAIR, SLAB, columns)
             final = again == rounds - 1
             _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
         if not given(call.y):
@@ -3499,7 +3520,7 @@ def _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide, l
     """`_centre` for each group of a slab, then for each column; how many rstds need float64."""
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = _slab(axes, unit)
-    alike, many = r1 // _step(axes), _side_by_side(axes, columns, SLAB)
+    alike, many = r1 // _step(axes), _side_by_side(axes, columns, TOGETHER)
     _load_slab(call, unit, mean, residual, rstd)
     wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, rstd, wide)
     _copy_to(lows, 0, low, groups)
@@ -3573,10 +3594,12 @@ def columns_grad_sums(pointer, first, last):
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     factor, high, low = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, SLAB)
     wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    sums = scratch(0.0, PAIR)
     for task in range(first, last):
         unit, part = task // call.parts, task % call.parts
         _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide, lows, rstds)
-        _column_grad_sums(call, unit, part, factor, high, low, call.partial, PAIR * task)
+        _column_grad_sums(call, unit, part, factor, high, low, sums, 0)
+        _keep_pair(call, task, sums)
 
 
 def columns_backward(pointer, first, last):
@@ -3610,12 +3633,12 @@ def columns_backward(pointer, first, last):
         if not (given(call.sums) or not call.frozen):
             _clear_pair(sums, 0, columns)
         elif call.by_parts:
-            _total(parts, call.partial, unit, columns, sums)
+            _total(call, unit, columns, sums)
         else:
             for i in range(parts):
                 _column_grad_sums(call, unit, i, factor, high, low, sums, PAIR * min(i, 1))
                 if i:
-                    _add_pair(sums, sums, PAIR, columns)
+                    _add_pair(sums, sums, PAIR, SLAB, columns)
         _fold_pair(sums, columns // step, step)
         if given(call.sums) and part == 0:
             _save_column_sums(call, unit, rstd, sums)
