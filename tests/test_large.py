@@ -98,7 +98,8 @@ def test_large_batches_are_normalised_in_place_as_elsewhere(
         (nk.instance_norm, (500, 400, 7, 7), 3),
         (nk.batch_norm, (135_000, 97), 2),
         (nk.batch_norm, (135_000, 96), 2),
-        (nk.batch_norm, (70_000, 288), 2),
+        (nk.batch_norm, (70_000, 289), 2),
+        (nk.batch_norm, (49_000, 416), 2),
         (nk.layer_norm, (135_000, 64), 3),
     ],
 )

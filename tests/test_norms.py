@@ -168,13 +168,14 @@ def test_every_layout_by_the_reference(case: Case) -> None:
 # Short runs whose rows are cut in the middle of a group where nothing is summed: parameters of
 # groups, of columns, of both, and of rows.
 CUT = [
-    Axes(1, 5, 7, 49, 7, 49),
-    Axes(1, 5, 5, 60, 5, 60),
+    Axes(1, 5, 9, 49, 9, 49),
+    Axes(1, 5, 8, 60, 8, 60),
     Axes(3, 9, 9, 63, 9, 63),
     Axes(3, 5, 30, 12, 360, 1),
-    Axes(3, 5, 30, 12, 90, 4),
-    Axes(3, 4, 300, 1, 300, 1),
-    Axes(3, 4, 300, 1, 4, 300),
+    Axes(3, 5, 45, 12, 540, 1),
+    Axes(3, 5, 45, 12, 135, 4),
+    Axes(3, 4, 500, 1, 500, 1),
+    Axes(3, 4, 500, 1, 4, 500),
 ]
 
 

@@ -47,7 +47,7 @@ class Work:
     tile: int  #: and then all of them so often, to make short vectors long
     units: int  #: independent units of work: groups, or slabs of columns
     parts: int  #: fixed parts of a unit, summed separately
-    summed: int  #: tasks of summing all parts
+    sum_tasks: int  #: of summing all parts
     stretches: int  #: tasks of dx from those sums
     blocks: int  #: parts of a group, or of a window of columns, in y from given statistics
     windows: int  #: tasks of that
@@ -89,12 +89,10 @@ class Work:
         return threads > 1 and self.units < 4 * threads and self.units % threads > 0
 
     def partial(self) -> Array:
-        """Memory for the sums of all parts, and what lanes of them may read beyond."""
-        columns = 1
-        if not self.rows:
-            _, _, k1, r1, _, _ = self.axes
-            columns = k.slab_groups.py_func(k1, r1) * r1
-        return np.empty(2 * self.units * self.parts * columns + k.SPARE)
+        """Memory for the sums of all parts."""
+        _, _, k1, r1, _, _ = self.axes
+        columns = 1 if self.rows else k.slab_groups.py_func(k1, r1) * r1
+        return np.empty(2 * self.units * self.parts * columns)
 
     def by_parts(self, pool: Pool) -> bool:
         """Whether forward shares them: also where groups or slabs share rows, which memory gives
@@ -120,7 +118,8 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
         r0, r1 = r1 // params, params
     by_run = span % r1 == 0 and k1 * r1 % (params * span) == 0  # each stretch has one parameter
     rows = r0 == 1 or r1 >= (k.GIVEN if given and by_run else k.SHORT)
-    if by_param and r0 > 1 and r1 <= k.SLAB and k1 * r1 % params == 0:
+    slabs = r1 <= k.NARROW_SLAB or k1 * r1 <= k.SLAB
+    if by_param and r0 > 1 and slabs and k1 * r1 % params == 0:
         rows = False
     repeat = tile = 1
     if rows:
@@ -149,7 +148,7 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
         family, parts = k.ACROSS, parts_across
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     axes = Axes(k0, r0, k1, r1, params, span)
-    summed = (k0 if family is k.ACROSS else units) * parts
+    sum_tasks = (k0 if family is k.ACROSS else units) * parts
     stretches = units * (r0 if rows and r0 > 1 else parts)
     blocks, windows = parts, stretches
     if not rows:
@@ -159,7 +158,7 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
         windows *= blocks
     name = dtype.name
     return Work(
-        name, real, family, axes, repeat, tile, units, parts, summed, stretches, blocks, windows
+        name, real, family, axes, repeat, tile, units, parts, sum_tasks, stretches, blocks, windows
     )
 
 
@@ -381,7 +380,7 @@ class Numba(Backend):
         arrays = (x, None, None, None, *stats, partial, *running)
         for again in range(2 if work.real == np.float64 and center else 1):
             call = (*arrays, work.axes, eps, center, again, parts)
-            for kernel, tasks in (family.sums, work.summed), (family.finish, units):
+            for kernel, tasks in (family.sums, work.sum_tasks), (family.finish, units):
                 self._pool.run(work.compiled(kernel), call, tasks, work.elements)
 
     def gradients(
@@ -411,10 +410,10 @@ class Numba(Backend):
             sums: Any,
             grads: Any = None,
             rows: int = 0,
-            by_parts: bool = False,
+            of_part: bool = False,
         ) -> None:
             call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums, grads)
-            numbers = (kinds, work.axes, center, frozen, by_parts, parts, rows)
+            numbers = (kinds, work.axes, center, frozen, of_part, parts, rows)
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
             self._pool.run(compiled, call + numbers, tasks, work.elements)
 
@@ -425,8 +424,8 @@ class Numba(Backend):
             rows *= max(1, -(-k0 // (_MOST_PARTS * rows)))
             tasks, partial = -(-k0 // rows) * -(-params // chunk), None
             if chunk < params and not frozen:
-                partial = np.empty(units * parts * 2)
-                run(family.grad_sums, work.summed, partial, None)
+                partial = work.partial()
+                run(family.grad_sums, work.sum_tasks, partial, None)
             shares = np.empty((-(-k0 // rows), 2, params))
             space = k.grads_space.py_func(chunk)
             # With lines to spare; a thread uses, and so has pages for, its first task's only.
@@ -446,8 +445,8 @@ class Numba(Backend):
             partial = None
             if needs_sums:
                 partial = work.partial()
-                run(family.grad_sums, work.summed, partial, sums)
-            run(family.grads, work.stretches, partial, sums, by_parts=True)
+                run(family.grad_sums, work.sum_tasks, partial, sums)
+            run(family.grads, work.stretches, partial, sums, of_part=True)
         else:
             run(family.backward, units, None, sums)
         if not affine:
@@ -455,7 +454,7 @@ class Numba(Backend):
         if sums is None and work.rows and span == 1:
             count = max(1, min(_MOST_PARTS, x.size // params, x.size // _PART))
             shares = np.empty((count, 2, params))
-            run(k.slab_params, count * -(-params // k.SLAB), None, shares, None, count)
+            run(k.slab_params, count * -(-params // k.NARROW_SLAB), None, shares, None, count)
             return self._fold_shares(shares, work, affine)
         if sums is None:
             sums = np.empty((x.size // (params * span), params, 1, 2))
@@ -482,7 +481,7 @@ class Numba(Backend):
         dgamma, dbeta = np.empty(params, dtype), np.empty(params, dtype)
         compiled = k.compiled(k.fold, k.Fold, _name(dtype), "")
         call = (sums, dgamma, dbeta, *numbers)
-        self._pool.run(compiled, call, -(-params // k.SLAB), sums.size)
+        self._pool.run(compiled, call, -(-params // k.NARROW_SLAB), sums.size)
         return dgamma, dbeta
 
     def steps(self, operation: str, x: Array, axes: Axes, *_: Any, **options: Any) -> list[Step]:
@@ -503,7 +502,7 @@ class Numba(Backend):
         found = []
         if operation not in ("normalize", "infer"):
             if by_parts:
-                found.append(step(family.sums, "sums", work.summed, "part"))
+                found.append(step(family.sums, "sums", work.sum_tasks, "part"))
             kernel = family.finish if by_parts else family.forward
             found.append(step(kernel, "statistics", work.units, unit))
             if by_parts and work.real == np.float64 and options["center"]:
@@ -517,8 +516,9 @@ class Numba(Backend):
 
     def kernels(self, dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         real = "float64" if dtype == "float64" else "float32"
-        forward = dict.fromkeys(kernel for family in k.FAMILIES for kernel in family[:4])
-        backward = dict.fromkeys(kernel for family in k.FAMILIES for kernel in family[4:])
+        families = (k.ROWS, k.COLUMNS) if dtype == "float64" else k.FAMILIES
+        forward = dict.fromkeys(kernel for family in families for kernel in family[:4])
+        backward = dict.fromkeys(kernel for family in families for kernel in family[4:])
         backward |= dict.fromkeys((k.rows_backward_params, k.param_sums, k.slab_params))
         needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
         needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))

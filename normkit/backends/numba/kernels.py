@@ -2,8 +2,8 @@
 
 A kernel is ``kernel(pointer, first, last)``: it does tasks first..last of the work that the named
 tuple behind the pointer describes, so that threads can share it and the bits do not depend on who
-does what. It is compiled to a C function, whose address is all that the threads need. Two families
-serve all axes (k0, r0, k1, r1), by what is contiguous:
+does what. It is compiled to a C function, whose address is all that the threads need. Two kinds of
+them serve all axes (k0, r0, k1, r1), by what is contiguous:
 
 rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
 columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
@@ -951,8 +951,8 @@ STAYS = 1 << 16  #: elements of a group whose y, fetched with x, is still near w
 SHORT_ROW = 32 if _has_masks(ir.IntType(16)) else FEW + 1
 SHORT = 64  #: stretches of fewer elements are columns, if there are several rows
 GIVEN = 32  #: the same where no sums are needed, since the statistics are given
-#: columns that one task of the columns family sums side by side, if those are a whole row; wider
-#: rows are cut into pieces of NARROW_SLAB, of which a cache keeps more rows
+#: columns that one task sums side by side, if those are a whole row, or rows whose statistics are
+#: made at once; wider rows of columns are cut into pieces, of which a cache keeps more
 SLAB, NARROW_SLAB = 384, 256
 TOGETHER = 256  #: columns of several rows that are summed, or stored, as if they were one
 WINDOW = 2048  #: columns that it gives results of: long pieces of rows are what memory likes
@@ -973,9 +973,10 @@ Forward = namedtuple(
     "x y gamma beta mean rstd var residual r d partial running_mean running_spread kinds factor "
     "momentum clip axes eps center round parts",
 )
+#: `of_part`: whether a task of columns_backward is a part of a slab
 Backward = namedtuple(
     "Backward",
-    "dy x dx gamma mean residual rstd partial sums grads kinds axes center frozen by_parts parts "
+    "dy x dx gamma mean residual rstd partial sums grads kinds axes center frozen of_part parts "
     "rows",
 )
 Fold = namedtuple(
@@ -1007,11 +1008,16 @@ def _own_param(call, param, kind, buffer):
 
 
 @inline
+def _with_gamma(call, buffer):
+    """The call with its gamma as `_own_param`."""
+    return replaced(call, "gamma", _own_param(call, call.gamma, NARROW_GAMMA, buffer))
+
+
+@inline
 def _with_params(call, gamma, beta):
-    """The call with its parameters as `_own_param`, in these buffers."""
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, gamma)
+    """The same with beta, in two buffers."""
     beta = _own_param(call, call.beta, NARROW_BETA, beta)
-    return replaced(replaced(call, "gamma", gamma), "beta", beta)
+    return replaced(_with_gamma(call, gamma), "beta", beta)
 
 
 @inline
@@ -1168,7 +1174,7 @@ PASSES_APPLY = 2  #: the same of a result by statistics that are given
 
 @inline
 def _passes(axes):
-    """The same forward. Sums over all samples count as more: so it was measured."""
+    """The same from statistics on. Sums over all samples count as more: so it was measured."""
     return 4 if axes[0] == 1 else 3
 
 
@@ -2254,8 +2260,8 @@ def rows_of_few_forward(pointer, first, last):
     call = _behind(pointer)
     zero = real(call.x, 0.0)
     call = _with_params(call, scratch(zero, FEW), scratch(zero, FEW))
-    ahead, few = _ahead_of_short_rows(call.x, call.axes), given(call.y)
-    few = few and not given(call.running_mean)
+    ahead = _ahead_of_short_rows(call.x, call.axes)
+    few = given(call.y) and not given(call.running_mean)
     for begin in range(first, last, SLAB):
         end, done = min(begin + SLAB, last), 0
         if few:
@@ -2564,8 +2570,7 @@ def rows_grad_sums(pointer, first, last):
     """Sums of gradients: a task is a part of a group, a stretch of memory."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    call = replaced(call, "gamma", gamma)
+    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
     walk = _walk(call, True)  # as if dx were: it is not written soon
     for task in range(first, last):
         s, p = _row_grads(call, task // call.parts, task % call.parts, walk)
@@ -2577,8 +2582,7 @@ def rows_grad_sums_across(pointer, first, last):
     """The same: a task is a part of all groups side by side."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    call = replaced(call, "gamma", gamma)
+    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
     weight, s, p = scratch(zero, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     for task in range(first, last):
@@ -2589,8 +2593,7 @@ def rows_grads(pointer, first, last):
     """dx of groups whose parts were summed: a task is a stretch of memory."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    call = replaced(call, "gamma", gamma)
+    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
     x, axes, parts = call.x, call.axes, call.parts
     k0, r0, k1, r1, params, span = axes
     table = (
@@ -2623,8 +2626,7 @@ def rows_backward(pointer, first, last):
     """dx, from sums to the end: a task is a group."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    call = replaced(call, "gamma", gamma)
+    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
     dy, x, axes, parts = call.dy, call.x, call.axes, call.parts
     k0, r0, k1, r1, params, span = axes
     table = (
@@ -2633,11 +2635,10 @@ def rows_backward(pointer, first, last):
     table_of_s, table_of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     run = _run(x, axes, True)
-    in_order = run >= per_line(x) and r0 == 1
-    streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, in_order)
+    quick = run >= per_line(x) and r0 == 1
+    streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, quick)
     walk = _walk(call, streams)
     fixed, later, none = _by_column(axes), _ahead_of_result(x, axes), np.int64(0)
-    quick = r0 == 1 and run >= per_line(x)
     block, runs = (max(1, NEAR // r1), r1 // run) if quick else (1, 1)
     like, done = lanes(x, zero), first * r1  # what is stored of groups side by side, by `form`
     before = form = lanes_of_each(table, none, like)
@@ -2872,7 +2873,7 @@ def _add(target, at, source, begin, count):
 @inline
 def slab_groups(k1, r1):
     """How many of k1 groups side by side, of r1 columns each, are a slab."""
-    return k1 if k1 * r1 <= SLAB else max(NARROW_SLAB // r1, 1)
+    return k1 if k1 * r1 <= SLAB else NARROW_SLAB // r1
 
 
 @inline
@@ -3057,10 +3058,9 @@ def _fetch_share(pointer, at, stride, rows, columns, first):
     """
     strips = (columns + STRIP - 1) // STRIP
     share = (rows + strips - 1) // strips
-    row = LEAD_ROWS + first // STRIP * share
-    for _ in range(share):
-        _fetch_early(pointer, at + row * stride, at + row * stride + columns)
-        row += 1
+    row = first // STRIP * share
+    for ahead in range(LEAD_ROWS + row, LEAD_ROWS + min(row + share, rows)):
+        _fetch_early(pointer, at + ahead * stride, at + ahead * stride + columns)
 
 
 @inline
@@ -3130,12 +3130,6 @@ def _finish_columns(call, unit, last, shift, sums, mean, residual, var, rstd):
     _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd)
 
 
-@inline
-def _load_slab(call, unit, mean, residual, rstd):
-    group, groups, _, _, _ = _slab(call.axes, unit)
-    _load_groups(call, group, groups, mean, residual, rstd)
-
-
 @elementwise
 def _clear_pair(sums, to, columns):
     _fill(sums, to, to + columns, 0.0)
@@ -3150,10 +3144,17 @@ def _add_pair(sums, source, at, gap, columns):
 
 # A part's sums are made on the stack, so that threads share no line before they are done.
 @inline
+def _pair_size(k1, r1):
+    """Elements that the sums of a part of a slab take in `partial`."""
+    return 2 * slab_groups(k1, r1) * r1
+
+
+@inline
 def _keep_pair(call, task, sums):
     """Keep the sums of a part of a slab."""
+    k0, r0, k1, r1, params, span = call.axes
     _, _, _, columns, _ = _slab(call.axes, task // call.parts)
-    at = task * 2 * slab_groups(call.axes[2], call.axes[3]) * call.axes[3]
+    at = task * _pair_size(k1, r1)
     _copy_to(call.partial, at, sums, columns)
     _copy_to(call.partial, at + columns, moved(sums, SLAB), columns)
 
@@ -3161,10 +3162,10 @@ def _keep_pair(call, task, sums):
 @plain
 def _total(call, unit, columns, sums):
     """Sums of a slab from those of its parts."""
+    k0, r0, k1, r1, params, span = call.axes
     _clear_pair(sums, 0, columns)
-    size = 2 * slab_groups(call.axes[2], call.axes[3]) * call.axes[3]
     for task in range(unit * call.parts, (unit + 1) * call.parts):
-        _add_pair(sums, call.partial, task * size, columns, columns)
+        _add_pair(sums, call.partial, task * _pair_size(k1, r1), columns, columns)
 
 
 @reduction
@@ -3519,9 +3520,9 @@ def _add_column_grads(call, unit, part, zero, factor, high, low, sums, to):
 def _centre_columns(call, unit, mean, residual, factor, high, low, rstd, wide, lows, rstds):
     """`_centre` for each group of a slab, then for each column; how many rstds need float64."""
     axes, r1 = call.axes, call.axes[3]
-    _, groups, _, columns, _ = _slab(axes, unit)
+    group, groups, _, columns, _ = _slab(axes, unit)
     alike, many = r1 // _step(axes), _side_by_side(axes, columns, TOGETHER)
-    _load_slab(call, unit, mean, residual, rstd)
+    _load_groups(call, group, groups, mean, residual, rstd)
     wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, rstd, wide)
     _copy_to(lows, 0, low, groups)
     _copy_to(rstds, 0, rstd, groups)
@@ -3589,8 +3590,7 @@ def columns_grad_sums(pointer, first, last):
     """Sums of gradients: a task is a part of a slab, a block of rows."""
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    call = replaced(call, "gamma", gamma)
+    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     factor, high, low = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, SLAB)
     wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -3608,8 +3608,7 @@ def columns_backward(pointer, first, last):
     """
     call = _behind(pointer)
     zero = real(call.x, 0.0)
-    gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    call = replaced(call, "gamma", gamma)
+    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
     parts, r0 = call.parts, call.axes[1]
     sums = scratch(0.0, PAIRS)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
@@ -3624,7 +3623,7 @@ def columns_backward(pointer, first, last):
     step, streams = _step(call.axes), _streams_columns(call.dx, PASSES_BACKWARD, call.axes)
     for task in range(first, last):
         unit, part, row, end = task, 0, 0, r0
-        if call.by_parts:
+        if call.of_part:
             unit, part = task // parts, task % parts
             row, end = part * r0 // parts, (part + 1) * r0 // parts
         slab = _slab(call.axes, unit)
@@ -3632,7 +3631,7 @@ def columns_backward(pointer, first, last):
         count = _centre_columns(call, unit, s, p, factor, high, low, rstd, wide, lows, rstds)
         if not (given(call.sums) or not call.frozen):
             _clear_pair(sums, 0, columns)
-        elif call.by_parts:
+        elif call.of_part:
             _total(call, unit, columns, sums)
         else:
             for i in range(parts):
@@ -3646,7 +3645,7 @@ def columns_backward(pointer, first, last):
             call, unit, streams, lows, rstds, rstd, wide, count, sums, weight, s, p, factor, high,
             scale, slope, shift, narrow
         )  # fmt: skip
-        arrays = call.dx, call.dy, call.x, gamma, None
+        arrays = call.dx, call.dy, call.x, call.gamma, None
         form = factor, high, scale, slope, shift
         place = call.axes, slab, row, end, streams, 0, columns
         _store_slab(arrays, _dx_of, *place, wide, count, form, narrow)
@@ -3716,14 +3715,14 @@ def slab_params(pointer, first, last):
     call = _behind(pointer)
     dy, x, axes, sums = call.dy, call.x, call.axes, call.sums
     k0, r0, k1, r1, params, span = axes
-    dgamma, dbeta = scratch(0.0, SLAB), scratch(0.0, SLAB)
-    slabs = (params + SLAB - 1) // SLAB
+    dgamma, dbeta = scratch(0.0, NARROW_SLAB), scratch(0.0, NARROW_SLAB)
+    slabs = (params + NARROW_SLAB - 1) // NARROW_SLAB
     periods = k0 * r0 * k1 * r1 // params
     for task in range(first, last):
-        share, begin = task // slabs, task % slabs * SLAB
-        count = min(SLAB, params - begin)
-        _fill(dgamma, 0, SLAB, 0.0)
-        _fill(dbeta, 0, SLAB, 0.0)
+        share, begin = task // slabs, task % slabs * NARROW_SLAB
+        count = min(NARROW_SLAB, params - begin)
+        _fill(dgamma, 0, NARROW_SLAB, 0.0)
+        _fill(dbeta, 0, NARROW_SLAB, 0.0)
         for period in range(share * periods // call.rows, (share + 1) * periods // call.rows):
             start = period * params + begin
             at, end = start, start + count
@@ -3759,10 +3758,10 @@ def fold(pointer, first, last):
     `per_outer` and so on.
     """
     call = _behind(pointer)
-    total = scratch(0.0, SLAB)
+    total = scratch(0.0, NARROW_SLAB)
     for task in range(first, last):
-        begin = task * SLAB
-        count = min(SLAB, call.params - begin)
+        begin = task * NARROW_SLAB
+        count = min(NARROW_SLAB, call.params - begin)
         for kind in range(2):
             origin = kind * call.per_kind + begin * call.per_param
             if call.outer == call.tile == call.inner == call.per_param == 1:
@@ -3789,7 +3788,7 @@ def _add_every(total, sums, at, step, count):
 
 
 class Family(NamedTuple):
-    """The kernels of one family, by what a task is and does."""
+    """The kernels of one family, by what a task is and does; the first four are forward's."""
 
     sums: Any  #: of a part, forward
     finish: Any  #: statistics, from those
@@ -3803,7 +3802,7 @@ class Family(NamedTuple):
 ROWS = Family(
     rows_sums, rows_finish, rows_apply, rows_forward, rows_grad_sums, rows_grads, rows_backward
 )
-#: rows of at most `FEW` elements
+#: rows of at most `FEW` elements with a parameter each, not of float64
 ROWS_OF_FEW = ROWS._replace(forward=rows_of_few_forward)
 #: rows whose parts are of all groups side by side
 ACROSS = ROWS._replace(sums=rows_sums_across, grad_sums=rows_grad_sums_across)
@@ -3875,7 +3874,7 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
         "grads": Pointer(real, "scratch"),
         "axes": types.UniTuple(types.int64, 6), "eps": types.float64,
-        "center": types.boolean, "frozen": types.boolean, "by_parts": types.boolean,
+        "center": types.boolean, "frozen": types.boolean, "of_part": types.boolean,
         "running_mean": Pointer("float32", "scratch"),
         "running_spread": Pointer("float32", "scratch"),
         "factor": types.float64, "momentum": types.float64,
