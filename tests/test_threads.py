@@ -1,11 +1,13 @@
 """Right results, no abort and no hang with threads and processes, under either threading layer."""
 
+import ctypes
 import itertools
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -15,7 +17,7 @@ import threads_script
 from cases import same_bits
 
 import normkit as nk
-from normkit.backends.numba import threads
+from normkit.backends.numba import kernels, threads
 
 LAYERS = [
     pytest.param(
@@ -172,3 +174,44 @@ def test_the_environment_stays_as_it_was(
     run = python("-c", code, NUMBA_NUM_THREADS="2", **chosen)
     expected = chosen.get("GOMP_SPINCOUNT", "None") if chosen else threads._SPINS
     assert run.stdout.split() == [expected], run.stderr
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        ((None,), []),
+        ((KeyboardInterrupt(), None), ["interrupted"]),
+        ((OSError("no space"),), ["failed"]),
+    ],
+    ids=["compiles", "is interrupted", "fails"],
+)
+def test_a_kernel_that_another_needs(
+    outcomes: tuple[BaseException | None, ...], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compiled once, and nothing is lost when Python raises where no kernel may."""
+    done: list[Any] = []
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    kernel = kind(lambda call, first, last: done.append((first, last)))
+    outcome = iter(outcomes)
+
+    def compiled(*_: Any) -> Any:
+        error = next(outcome)
+        if error is not None:
+            raise error
+        return SimpleNamespace(address=ctypes.cast(kernel, ctypes.c_void_p).value)
+
+    def run(*_: Any) -> None:
+        address = ctypes.c_void_p.from_address(link.address).value
+        kind(address)(None, 0, 3)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernels, "compiled", compiled)
+    monkeypatch.setattr(kernels, "interrupt_main", lambda: done.append("interrupted"))
+    link, pool = kernels.Link("kernel"), threads.Pool()
+    try:
+        pool.run(SimpleNamespace(run=run, address=0), (), 1, 1)
+        pool.run(SimpleNamespace(run=run, address=0), (), 1, 1)
+    except RuntimeError:
+        done.append("failed")
+    finally:
+        threads.failures.clear()
+    assert done == ["failed"] if said == ["failed"] else [(0, 3), *said, (0, 3)]

@@ -28,6 +28,7 @@ _NEAR = 1 << 19  #: elements of a slab that a cache keeps
 _FAR_BYTES, _LEAPS = 1 << 22, 16
 #: parts of all groups then, of so many bytes of each at least: their sums are below 1 % of that
 _LEAST_ACROSS, _PARTS_ACROSS, _PART_BYTES = 4, 16, 1 << 11
+_ALIKE = 256  #: elements of a row with one parameter, which begins and ends within cache lines
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _RUN = 1024  #: runs of parameters are repeated up to this length
@@ -80,6 +81,16 @@ class Work:
     def compiled(self, kernel: Any) -> Any:
         """A kernel of the family, forward."""
         return k.compiled(kernel, k.Forward, self.dtype, "")
+
+    @cached_property
+    def otherwise(self) -> int:
+        """Where the forward kernel finds the one for what it leaves."""
+        kernel = self.family.otherwise
+        return k.link(kernel, k.Forward, self.dtype, "").address if kernel else 0
+
+    def numbers(self, eps: float | None, center: bool, parts: int, again: int = 0) -> Any:
+        """What the kernels take after the running statistics."""
+        return self.axes, self.otherwise, eps or 0.0, center, again, parts
 
     def scarce(self, pool: Pool) -> bool:
         """Whether the parts of a unit should be shared by threads, for want of units."""
@@ -142,8 +153,12 @@ def _work(axes: Axes, dtype: Any, *, sums: bool = False, given: bool = False) ->
     parts_across = min(_PARTS_ACROSS, r0 * r1 * size // _PART_BYTES)
     far = parts_across >= _LEAST_ACROSS and r0 * k1 * r1 * size >= _FAR_BYTES
     family = k.ROWS if rows else k.COLUMNS
-    if k1 == r0 == span == 1 < r1 == params <= k.FEW and size:
-        family = k.ROWS_OF_FEW
+    if k1 == r0 == parts == 1 and size:
+        if params == 1 and r1 >= _ALIKE:
+            family = k.ALIKE_ROWS
+        elif 1 == span < r1 == params:
+            usual = k.USUAL_ROWS if r1 >= k.SHORT_ROW else k.ROWS
+            family = k.ROWS_OF_FEW if r1 <= k.FEW else usual
     if leaps and far and not given:
         family, parts = k.ACROSS, parts_across
     real = np.dtype(np.float64 if dtype == np.float64 else np.float32)
@@ -240,8 +255,8 @@ class Numba(Backend):
             self._by_parts(work, x, stats, _running(None, eps), eps, center)
         else:
             call = (x, None, None, None, *stats, None, *_running(None, eps))
-            numbers = (work.axes, eps, center, 0, work.parts)
-            self._pool.run(work.forward, call + numbers, work.units, work.elements)
+            call += work.numbers(eps, center, work.parts)
+            self._pool.run(work.forward, call, work.units, work.elements)
         return stats
 
     def normalize(
@@ -273,7 +288,7 @@ class Numba(Backend):
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
             x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
-            work.axes, eps, center, 0, work.parts,
+            *work.numbers(eps, center, work.parts),
         )  # fmt: skip
         self._pool.run(work.forward, call, work.units, work.elements)
         return stats
@@ -316,7 +331,7 @@ class Numba(Backend):
         if frozen:
             kernel, parts, tasks = work.apply, work.blocks, work.windows
         numbers = _running(update, eps, kinds)[2:]
-        numbers += work.axes, eps or 0.0, center, 0, parts
+        numbers += work.numbers(eps, center, parts)
 
         def launch(
             x: Array,
@@ -361,7 +376,7 @@ class Numba(Backend):
         gamma, beta, kinds = _params(gamma, beta, work)
         call = (
             x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
-            work.axes, eps or 0.0, True, 0, work.blocks,
+            *work.numbers(eps, True, work.blocks),
         )  # fmt: skip
         self._pool.run(work.apply, call, work.windows, work.elements)
 
@@ -379,7 +394,7 @@ class Numba(Backend):
         partial = work.partial()
         arrays = (x, None, None, None, *stats, partial, *running)
         for again in range(2 if work.real == np.float64 and center else 1):
-            call = (*arrays, work.axes, eps, center, again, parts)
+            call = (*arrays, *work.numbers(eps, center, parts, again))
             for kernel, tasks in (family.sums, work.sum_tasks), (family.finish, units):
                 self._pool.run(work.compiled(kernel), call, tasks, work.elements)
 
@@ -408,14 +423,14 @@ class Numba(Backend):
             tasks: int,
             partial: Any,
             sums: Any,
-            grads: Any = None,
+            grads: tuple[Any, ...] = (None,) * 3,
             rows: int = 0,
             of_part: bool = False,
         ) -> None:
-            call = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums, grads)
+            arrays = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums)
             numbers = (kinds, work.axes, center, frozen, of_part, parts, rows)
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
-            self._pool.run(compiled, call + numbers, tasks, work.elements)
+            self._pool.run(compiled, arrays + grads + numbers, tasks, work.elements)
 
         whole = work.rows and span == r0 == k1 == 1
         if affine and whole and (max(params, r1) <= k.ROW_MOST or params == r1):
@@ -426,11 +441,15 @@ class Numba(Backend):
             if chunk < params and not frozen:
                 partial = work.partial()
                 run(family.grad_sums, work.sum_tasks, partial, None)
-            shares = np.empty((-(-k0 // rows), 2, params))
             space = k.grads_space.py_func(chunk)
             # With lines to spare; a thread uses, and so has pages for, its first task's only.
             grads = np.empty(2 * tasks * space + 64, work.real)
-            run(k.rows_backward_params, tasks, partial, shares, grads, rows)
+            if k0 <= min(rows, k.ROW_BLOCK) and work.as_given and {*affine} == {work.real}:
+                found = np.empty(params, work.real), np.empty(params, work.real)
+                run(k.rows_backward_params, tasks, partial, None, (grads, *found), rows)
+                return found
+            shares = np.empty((-(-k0 // rows), 2, params))
+            run(k.rows_backward_params, tasks, partial, shares, (grads, None, None), rows)
             return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
         sums: Array | None = None
@@ -454,7 +473,7 @@ class Numba(Backend):
         if sums is None and work.rows and span == 1:
             count = max(1, min(_MOST_PARTS, x.size // params, x.size // _PART))
             shares = np.empty((count, 2, params))
-            run(k.slab_params, count * -(-params // k.NARROW_SLAB), None, shares, None, count)
+            run(k.slab_params, count * -(-params // k.NARROW_SLAB), None, shares, rows=count)
             return self._fold_shares(shares, work, affine)
         if sums is None:
             sums = np.empty((x.size // (params * span), params, 1, 2))
@@ -518,7 +537,7 @@ class Numba(Backend):
         real = "float64" if dtype == "float64" else "float32"
         families = (k.ROWS, k.COLUMNS) if dtype == "float64" else k.FAMILIES
         forward = dict.fromkeys(kernel for family in families for kernel in family[:4])
-        backward = dict.fromkeys(kernel for family in families for kernel in family[4:])
+        backward = dict.fromkeys(kernel for family in families for kernel in family[4:7])
         backward |= dict.fromkeys((k.rows_backward_params, k.param_sums, k.slab_params))
         needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
         needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))

@@ -1,7 +1,7 @@
 """The CPU's arithmetic: Numba kernels over raw memory, for every dtype and layout.
 
-A kernel is ``kernel(pointer, first, last)``: it does tasks first..last of the work that the named
-tuple behind the pointer describes, so that threads can share it and the bits do not depend on who
+A kernel is ``kernel(call, first, last)``: it does tasks first..last of the work that the named
+tuple `call` points to describes, so that threads can share it and the bits do not depend on who
 does what. It is compiled to a C function, whose address is all that the threads need. Two kinds of
 them serve all axes (k0, r0, k1, r1), by what is contiguous:
 
@@ -22,7 +22,9 @@ Everything compiled stands in this one file: Numba's disk cache sees edits to it
 
 from __future__ import annotations
 
+import ctypes
 import operator
+from _thread import interrupt_main
 from collections import namedtuple
 from collections.abc import Collection
 from functools import cache, cached_property
@@ -36,10 +38,23 @@ from numba import cfunc, njit, prange, types
 from numba.core import cgutils, config
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
-from numba.core.typing.templates import AbstractTemplate, infer_global
-from numba.extending import NativeValue, intrinsic, lower_builtin, models, register_model, unbox
+from numba.core.typing.templates import (
+    AbstractTemplate,
+    AttributeTemplate,
+    infer_getattr,
+    infer_global,
+)
+from numba.extending import (
+    NativeValue,
+    intrinsic,
+    lower_builtin,
+    lower_getattr_generic,
+    models,
+    register_model,
+    unbox,
+)
 
-from normkit.backends.numba.threads import start_threads
+from normkit.backends.numba.threads import failures, start_threads
 
 _BYTE = ir.IntType(8).as_pointer()
 _INPUTS, _SCRATCH = "normkit.inputs", "normkit.scratch"
@@ -717,12 +732,28 @@ def scratch(typing: Any, like: Any, count: Any) -> Any:
     size = count.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
-            memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size + 2 * SPARE))
-            memory.align = _LINE  # a vector of 512 bits then is in one cache line
-        return builder.bitcast(builder.gep(memory, [_word(0), _word(SPARE)]), _BYTE)
+        return _on_stack(builder, kind, size)
 
     return kind(like, count), generate
+
+
+@intrinsic(prefer_literal=True)
+def scratch_for_halves(typing: Any, pointer: Any, count: Any) -> Any:
+    """The same of float32 where elements are of a half type; else None."""
+    is_half = pointer.element not in ("float32", "float64")
+    kind, size = Pointer("float32", "scratch"), count.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _on_stack(builder, kind, size) if is_half else context.get_dummy_value()
+
+    return (kind if is_half else types.none)(pointer, count), generate
+
+
+def _on_stack(builder: Any, kind: Pointer, size: int) -> Any:
+    with builder.goto_entry_block():  # and not cgutils.alloca_once, which clears the memory
+        memory = builder.alloca(ir.ArrayType(_STORED[kind.element], size + 2 * SPARE))
+        memory.align = _LINE  # a vector of 512 bits then is in one cache line
+    return builder.bitcast(builder.gep(memory, [_word(0), _word(SPARE)]), _BYTE)
 
 
 @intrinsic
@@ -757,15 +788,23 @@ def is_float64(typing: Any, pointer: Any) -> Any:
     return types.boolean(pointer), generate
 
 
-@intrinsic
-def if_float64(typing: Any, pointer: Any, value: Any, other: Any) -> Any:
-    """`value` if the elements are computed in float64, else `other`: of any types."""
-    wide = pointer.real is types.float64
+def _choosing(*elements: str) -> Any:
+    def choose(typing: Any, pointer: Any, value: Any, other: Any) -> Any:
+        """`value` for some types of elements, `other` for the rest: of any types, functions among
+        them, and known at compile time.
+        """
+        chosen = pointer.element in elements
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[1] if wide else args[2]
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return args[1] if chosen else args[2]
 
-    return (value if wide else other)(pointer, value, other), generate
+        return (value if chosen else other)(pointer, value, other), generate
+
+    return intrinsic(choose)
+
+
+if_float64 = _choosing("float64")
+if_halves = _choosing("float16", "bfloat16")
 
 
 @intrinsic
@@ -815,17 +854,6 @@ own = _in_role("own")  #: what LLVM is to know nothing of
 as_input = _in_role("in")  #: what is not written to any more
 
 
-@intrinsic(prefer_literal=True)
-def replaced(typing: Any, call: Any, field: Any, value: Any) -> Any:
-    """The tuple `call` with another value of `field`, a literal."""
-    place = call.fields.index(field.literal_value)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.insert_value(args[0], args[2], place)
-
-    return call(call, field, value), generate
-
-
 @intrinsic
 def given(typing: Any, pointer: Any) -> Any:
     """Whether a pointer is not NULL."""
@@ -834,17 +862,6 @@ def given(typing: Any, pointer: Any) -> Any:
         return builder.icmp_unsigned("!=", args[0], ir.Constant(_BYTE, None))
 
     return types.boolean(pointer), generate
-
-
-@intrinsic
-def _behind(typing: Any, pointer: Any) -> Any:
-    """The tuple behind a pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = context.get_value_type(signature.return_type)
-        return builder.load(builder.bitcast(args[0], kind.as_pointer()))
-
-    return pointer.dtype(pointer), generate
 
 
 @intrinsic
@@ -858,18 +875,31 @@ def address_of(typing: Any, value: Any) -> Any:
     return types.int64(value), generate
 
 
+_KERNEL = ir.FunctionType(ir.VoidType(), [_BYTE, ir.IntType(64), ir.IntType(64)]).as_pointer()
+
+
 @intrinsic
 def call_at(typing: Any, function: Any, call: Any, first: Any, last: Any) -> Any:
     """Run the kernel at address `function`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE, word, word]).as_pointer()
-        kernel = builder.inttoptr(args[0], kind)
+        kernel = builder.inttoptr(args[0], _KERNEL)
         builder.call(kernel, [builder.inttoptr(args[1], _BYTE), args[2], args[3]])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
+def leave(typing: Any, link: Any, call: Any, first: Any, last: Any) -> Any:
+    """Let the kernel that a `Link` finds do tasks first..last of a call."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kernel = builder.load(builder.inttoptr(args[0], _KERNEL.as_pointer()))
+        builder.call(kernel, [builder.bitcast(args[1], _BYTE), args[2], args[3]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, call, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -882,6 +912,70 @@ def team(typing: Any) -> Any:
         return builder.call(ask, [])
 
     return types.int64(), generate
+
+
+class Call(types.Type):
+    """A pointer to the named tuple that describes some work; a kernel reads its fields one by one.
+
+    As a tuple, each of its numbers would be an argument of every function that it is given to.
+    """
+
+    def __init__(self, kind: Any, x: str, dy: str) -> None:
+        fields = _fields(kind, x, dy)
+        self.fields = dict(zip(kind._fields, fields, strict=True))
+        self.tuple = types.NamedTuple(fields, kind)
+        super().__init__(f"normkit.{kind.__name__}({x}, {dy})")
+
+    def place(self, context: Any, builder: Any, call: Any, field: str) -> Any:
+        """Pointer to a field."""
+        memory = builder.bitcast(call, context.get_value_type(self.tuple).as_pointer())
+        return builder.gep(memory, [_word(0), _word([*self.fields].index(field))])
+
+
+@register_model(Call)
+class _CallModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Call) -> None:
+        super().__init__(manager, kind, _BYTE)
+
+
+@infer_getattr
+class _Fields(AttributeTemplate):
+    key = Call
+
+    def generic_resolve(self, call: Call, field: str) -> Any:  # type: ignore[override]
+        return call.fields.get(field)
+
+
+@lower_getattr_generic(Call)
+def _field(context: Any, builder: Any, kind: Call, call: Any, field: str) -> Any:
+    value = builder.load(kind.place(context, builder, call, field))
+    _mark(builder, value, "alias.scope", _INPUTS)
+    return value
+
+
+@intrinsic
+def copied(typing: Any, call: Any) -> Any:
+    """A copy on the stack, of which `put` may change fields."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_value_type(call.tuple)
+        with builder.goto_entry_block():
+            memory = builder.alloca(kind)
+        builder.store(builder.load(builder.bitcast(args[0], kind.as_pointer())), memory)
+        return builder.bitcast(memory, _BYTE)
+
+    return call(call), generate
+
+
+@intrinsic(prefer_literal=True)
+def put(typing: Any, call: Any, field: Any, value: Any) -> Any:
+    """Set a field, a literal's, of a call that was `copied`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], call.place(context, builder, args[0], field.literal_value))
+        return context.get_dummy_value()
+
+    return types.void(call, field, value), generate
 
 
 # ------------------------------------------------------------------------------------ kinds of loop
@@ -968,16 +1062,17 @@ ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at on
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 FEW_BLOCK = 128  #: the same of rows of few elements, by lanes: sixteen in each
 
+#: `otherwise`: the `Link` to a kernel for what is unusual, if the one called leaves that to it
 Forward = namedtuple(
     "Forward",
     "x y gamma beta mean rstd var residual r d partial running_mean running_spread kinds factor "
-    "momentum clip axes eps center round parts",
+    "momentum clip axes otherwise eps center round parts",
 )
 #: `of_part`: whether a task of columns_backward is a part of a slab
 Backward = namedtuple(
     "Backward",
-    "dy x dx gamma mean residual rstd partial sums grads kinds axes center frozen of_part parts "
-    "rows",
+    "dy x dx gamma mean residual rstd partial sums grads dgamma dbeta kinds axes center frozen "
+    "of_part parts rows",
 )
 Fold = namedtuple(
     "Fold",
@@ -998,7 +1093,9 @@ def _own_param(call, param, kind, buffer):
 
     If one thread converted it for all, each cache line would take the others 40 ns.
     """
-    if significand(call.x) < 24 and call.kinds & kind:
+    if buffer is None:  # in which case it is not of another type
+        return param
+    if call.kinds & kind:
         memory, count = own(buffer), call.axes[4]
         _copy_run(as_elements(param, call.x), 0, memory, 0, count)
         _fill(memory, -SPARE, 0, 0.0)  # whose pages parts of lanes may touch: see `load_lanes`
@@ -1009,15 +1106,16 @@ def _own_param(call, param, kind, buffer):
 
 @inline
 def _with_gamma(call, buffer):
-    """The call with its gamma as `_own_param`."""
-    return replaced(call, "gamma", _own_param(call, call.gamma, NARROW_GAMMA, buffer))
+    """The call, a copy, with its gamma as `_own_param`."""
+    put(call, "gamma", _own_param(call, call.gamma, NARROW_GAMMA, buffer))
+    return call
 
 
 @inline
 def _with_params(call, gamma, beta):
     """The same with beta, in two buffers."""
-    beta = _own_param(call, call.beta, NARROW_BETA, beta)
-    return replaced(_with_gamma(call, gamma), "beta", beta)
+    put(call, "beta", _own_param(call, call.beta, NARROW_BETA, beta))
+    return _with_gamma(call, gamma)
 
 
 @inline
@@ -1428,7 +1526,19 @@ def _is_kept(x, s, q, count):
 @inline
 def _sums(x, first, last, shift, before, after):
     """Sum and sum of squares of (x*before - shift)*after; the factors matter to float64 only."""
-    if significand(x) < 24 and shift == 0.0:
+    sums = if_halves(x, _sums_of_halves, _exact_sums)
+    return sums(x, first, last, shift, before, after)
+
+
+@inline
+def _exact_sums(x, first, last, shift, before, after):
+    return _sum_lines(lanes(x, 0.0), _powers, first, last, 0, None, x, shift, before, after)
+
+
+@inline
+def _sums_of_halves(x, first, last, shift, before, after):
+    """`_sums`, in float32 first if that loses nothing."""
+    if shift == 0.0:
         zero = np.float32(0.0)
         s = q = 0.0
         for begin in range(first, last, NARROW):
@@ -1438,7 +1548,7 @@ def _sums(x, first, last, shift, before, after):
             q += dq
         if _is_kept(x, s, q, last - first):
             return s, q
-    return _sum_lines(lanes(x, 0.0), _powers, first, last, 0, None, x, shift, before, after)
+    return _exact_sums(x, first, last, shift, before, after)
 
 
 @elementwise
@@ -1550,8 +1660,9 @@ def _part_sums(call, group, part, shift, before, after):
 
 
 @plain
-def _sums_across(call, task, s, q):
+def _sums_across(call, task):
     """`_part_sums` of all groups side by side, not of float64: stretch by stretch as in memory."""
+    s, q = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     k0, r0, k1, r1, params, span = call.axes
     sample, part = task // call.parts, task % call.parts
     _fill(s, 0, k1, 0.0)
@@ -1761,6 +1872,15 @@ def _add_exactly(shift, mean, residual, i):
 
 
 @inline
+def _keep_moments(call, group, groups, mean, var, rstd):
+    if given(call.mean):
+        _copy_to(call.mean, group, mean, groups)
+        _copy_to(call.rstd, group, rstd, groups)
+    if given(call.var):
+        _copy_to(call.var, group, var, groups)
+
+
+@inline
 def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
     """Moments of `groups` groups from `group` on, from their sums; only the mean if not `last`."""
     x, axes = call.x, call.axes
@@ -1779,13 +1899,9 @@ def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
                 store(residual, i, e if is_float64(x) else 0.0)  # nobody keeps it
                 store(var, i, v)
                 store(rstd, i, r)
-    if given(call.mean):
-        _copy_to(call.mean, group, mean, groups)
-        _copy_to(call.rstd, group, rstd, groups)
+    _keep_moments(call, group, groups, mean, var, rstd)
     if given(call.residual):
         _copy_to(call.residual, group, residual, groups)
-    if given(call.var):
-        _copy_to(call.var, group, var, groups)
     if last:
         if call.kinds & DEVIATION:
             r, d = sums, moved(sums, SLAB)  # which are done with
@@ -1985,54 +2101,6 @@ def _apply_each(
             index -= params
 
 
-@elementwise
-def _y_of_column(call, k, like, columns, *form):
-    of_k = min(k, call.axes[3] - 1)
-    gamma, beta = load(call.gamma, of_k), load(call.beta, of_k)
-    return _y_of(0, None, like, 0, None, columns[k], gamma, beta, 0, None, *form)
-
-
-@plain
-def _rows_of_few(call, group, groups, ahead):
-    """y of rows of few elements with a parameter each, eight rows at a time, by columns, up to the
-    first eight of which any takes float64; of how many rows.
-    """
-    x, y, size = call.x, call.y, call.axes[3]
-    like, zero = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
-    one, share = zero + 1.0, 1.0 / size
-    for i in range(0, groups, FEW):
-        at, count = (group + i) * size, min(groups - i, FEW)
-        if ahead:
-            _fetch_all(y, x, None, at + ahead, at + ahead + FEW * size)
-        columns = _columns_of_eight(like, x, at, size, size, count)
-        s, q = _sums_of_columns(columns, zero, zero)
-        mean = s * share if call.center else zero
-        square = mean * mean
-        var = q * share - square
-        rstd = one / root(var + call.eps)
-        if beyond(rstd, WIDE, count) + above(square, var * GOOD, count):
-            return i
-        if given(call.mean):
-            store_lanes(call.mean, group + i, count, mean)
-            store_lanes(call.rstd, group + i, count, rstd)
-        if given(call.var):
-            store_lanes(call.var, group + i, count, var)
-        high = narrowed(mean)
-        form = high, narrowed(rstd), narrowed(zero - (mean - widened(high)) * rstd)
-        rows = transposed((
-            _y_of_column(call, 0, like, columns, *form),
-            _y_of_column(call, 1, like, columns, *form),
-            _y_of_column(call, 2, like, columns, *form),
-            _y_of_column(call, 3, like, columns, *form),
-            _y_of_column(call, 4, like, columns, *form),
-            _y_of_column(call, 5, like, columns, *form),
-            _y_of_column(call, 6, like, columns, *form),
-            _y_of_column(call, 7, like, columns, *form),
-        ))  # fmt: skip
-        _store_eight(y, at, size, count, rows)
-    return groups
-
-
 @inline
 def _store_stretch(
     arrays, make, axes, first, end, index, end_of_run, ahead, streams, wide, low, factor, high,
@@ -2098,9 +2166,8 @@ def _shift(call, group, again, mean, i):
     return load(mean, i) if again else np.float64(load(call.x, _origin(call.axes, group)))
 
 
-def rows_sums(pointer, first, last):
+def rows_sums(call, first, last):
     """Sums of elements and of their squares: a task is a part of a group, a stretch of memory."""
-    call = _behind(pointer)
     for task in range(first, last):
         group, part = task // call.parts, task % call.parts
         about = _shift(call, group, call.round == 1, call.mean, group)
@@ -2109,17 +2176,14 @@ def rows_sums(pointer, first, last):
         store(call.partial, 2 * task + 1, q)
 
 
-def rows_sums_across(pointer, first, last):
+def rows_sums_across(call, first, last):
     """The same: a task is a part of all groups side by side."""
-    call = _behind(pointer)
-    s, q = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     for task in range(first, last):
-        _sums_across(call, task, s, q)
+        _sums_across(call, task)
 
 
-def rows_finish(pointer, first, last):
+def rows_finish(call, first, last):
     """Statistics of groups whose parts were summed; of float64, after a first round, the mean."""
-    call = _behind(pointer)
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     final = call.round == _rounds(call) - 1
@@ -2142,12 +2206,11 @@ def _is_uniform(axes, run):
     return run > 0 or (span == 1 and params % r1 == 0)
 
 
-def rows_apply(pointer, first, last):
+def rows_apply(call, first, last):
     """y by statistics that are given: a task is a stretch of memory."""
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    call = _with_params(call, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
-    x, axes, parts = call.x, call.axes, call.parts
+    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
+    call = _with_params(copied(call), *buffers)
+    x, axes, parts, zero = call.x, call.axes, call.parts, real(call.x, 0.0)
     k0, r0, k1, r1, params, span = axes
     mean, residual, rstd = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     of_runs = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
@@ -2191,10 +2254,32 @@ def rows_apply(pointer, first, last):
 
 
 @inline
-def _forward_rows(call, first, last):
-    """Statistics and, if there is a y, the result of groups."""
-    x, axes, parts = call.x, call.axes, call.parts
-    zero = real(x, 0.0)
+def _block(axes):
+    """Groups that are taken from sums to result, before others."""
+    k0, r0, k1, r1, params, span = axes
+    block = min(SLAB, max(1, NEAR // (r0 * r1)))
+    return block - block % 8 if r1 < SHORT_ROW else block
+
+
+@inline
+def _sums_of_groups(call, begin, groups, shift, sums, ahead):
+    """`_sums` of groups from `begin` on."""
+    k0, r0, k1, r1, params, span = call.axes
+    if r0 == call.parts == 1 and r1 <= CHUNK:
+        _sums_of_rows(call.x, call.y, begin * r1, r1, groups, shift, sums, ahead)
+    else:
+        for i in range(groups):
+            about = load(shift, i) if is_float64(call.x) else 0.0  # LLVM then knows it
+            s, q = _group_sums(call, begin + i, about, 1.0, 1.0)
+            store(sums, i, s)
+            store(sums, SLAB + i, q)
+
+
+def rows_forward(call, first, last):
+    """Statistics and, if there is a y, the result: a task is a group."""
+    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
+    call = _with_params(copied(call), *buffers)
+    x, axes, zero = call.x, call.axes, real(call.x, 0.0)
     k0, r0, k1, r1, params, span = axes
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -2205,22 +2290,12 @@ def _forward_rows(call, first, last):
     fixed, later, rounds = _by_column(axes), _ahead_of_result(x, axes), _rounds(call)
     none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
     ahead = _ahead_of_short_rows(x, axes)
-    block = min(SLAB, max(1, NEAR // (r0 * r1)))
-    if r1 < SHORT_ROW:
-        block -= block % 8
-    for begin in range(first, last, block):
-        groups = min(block, last - begin)
+    for begin in range(first, last, _block(axes)):
+        groups = min(_block(axes), last - begin)
         for again in range(rounds):
             for i in range(groups):
                 store(shift, i, _shift(call, begin + i, again == 1, mean, i))
-            if r0 == parts == 1 and r1 <= CHUNK:
-                _sums_of_rows(x, call.y, begin * r1, r1, groups, shift, sums, ahead)
-            else:
-                for i in range(groups):
-                    about = load(shift, i) if is_float64(x) else 0.0  # LLVM then knows it
-                    s, q = _group_sums(call, begin + i, about, 1.0, 1.0)
-                    store(sums, i, s)
-                    store(sums, SLAB + i, q)
+            _sums_of_groups(call, begin, groups, shift, sums, ahead)
             final = again == rounds - 1
             _finish(call, begin, groups, final, shift, sums, mean, residual, var, rstd)
         if not given(call.y):
@@ -2246,28 +2321,115 @@ def _forward_rows(call, first, last):
                 end_of_run += k1 * r1
 
 
-def rows_forward(pointer, first, last):
-    """Statistics and, if there is a y, the result: a task is a group."""
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    _forward_rows(
-        _with_params(call, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT)), first, last
-    )
+# What is usual, by kernels that take a third of the time to compile, and leave what is not.
+@inline
+def _usual_rows(given_call, gamma, beta, call, first, last):
+    """`rows_forward` of rows, not of float64, whose elements have gamma and beta each, or share
+    one if those are None; unusual ones are left with the call that was given.
+    """
+    x, y, axes, zero = call.x, call.y, call.axes, real(call.x, 0.0)
+    k0, r0, k1, r1, params, span = axes
+    if given(call.running_mean):
+        leave(call.otherwise, given_call, first, last)
+        return
+    shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
+    mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
+    table = scratch(zero, SLAB), scratch(zero, SLAB), scratch(zero, SLAB)
+    _fill(shift, 0, SLAB, 0.0)
+    streams = _streams_rows(y, _passes(axes), axes, False)
+    none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
+    block = max(1, NEAR // r1)
+    scale, lift = real(x, 1.0), zero
+    if gamma is None and given(y):
+        scale, lift = load(call.gamma, 0), load(call.beta, 0)
+    for begin in range(first, last, block):
+        groups, at = min(block, last - begin), begin * r1
+        for i in range(groups):
+            row, s, q = at + i * r1, 0.0, 0.0
+            for piece in range(row, row + r1, CHUNK):
+                ds, dq = _sums(x, piece, min(piece + CHUNK, row + r1), 0.0, 1.0, 1.0)
+                s += ds
+                q += dq
+            store(sums, i, s)
+            store(sums, SLAB + i, q)
+        unusual = _group_moments(
+            x, r1, groups, call.center, call.eps, shift, sums, mean, residual, var, rstd
+        )
+        _fill(table[1], 0, groups, scale)
+        _fill(table[2], 0, groups, lift)
+        if unusual + _set_formulas(x, groups, mean, residual, rstd, *table):
+            leave(call.otherwise, given_call, begin, begin + groups)
+            continue
+        _keep_moments(call, begin, groups, mean, var, rstd)
+        if given(y):
+            _apply_each(
+                x, y, gamma, beta, params, at, r1, r1, groups, none, step, none, streams, table
+            )
 
 
-def rows_of_few_forward(pointer, first, last):
-    """The same of rows of few elements with a parameter each, not of float64."""
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    call = _with_params(call, scratch(zero, FEW), scratch(zero, FEW))
-    ahead = _ahead_of_short_rows(call.x, call.axes)
-    few = given(call.y) and not given(call.running_mean)
-    for begin in range(first, last, SLAB):
-        end, done = min(begin + SLAB, last), 0
-        if few:
-            done = _rows_of_few(call, begin, end - begin, ahead)
-        if begin + done < end:
-            _forward_rows(call, begin + done, end)
+def rows_usual_forward(call, first, last):
+    """The same of usual rows with a parameter for each element, not of float64."""
+    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
+    own = _with_params(copied(call), *buffers)
+    _usual_rows(call, own.gamma, own.beta, own, first, last)
+
+
+def rows_alike_forward(call, first, last):
+    """The same of usual rows whose elements all share one."""
+    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
+    own = _with_params(copied(call), *buffers)
+    _usual_rows(call, None, None, own, first, last)
+
+
+@elementwise
+def _y_of_column(call, k, like, columns, *form):
+    of_k = min(k, call.axes[3] - 1)
+    gamma, beta = load(call.gamma, of_k), load(call.beta, of_k)
+    return _y_of(0, None, like, 0, None, columns[k], gamma, beta, 0, None, *form)
+
+
+def rows_of_few_forward(call, first, last):
+    """The same of rows of few elements with a parameter each, eight rows at a time, by columns."""
+    if not given(call.y):
+        leave(call.otherwise, call, first, last)
+        return
+    buffers = scratch_for_halves(call.x, FEW), scratch_for_halves(call.x, FEW)
+    own = _with_params(copied(call), *buffers)
+    x, y, size = call.x, call.y, call.axes[3]
+    ahead = _ahead_of_short_rows(x, call.axes)
+    like, zero = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
+    one, share = zero + 1.0, 1.0 / size
+    for row in range(first, last, FEW):
+        at, count = row * size, min(last - row, FEW)
+        if ahead:
+            _fetch_all(y, x, None, at + ahead, at + ahead + FEW * size)
+        columns = _columns_of_eight(like, x, at, size, size, count)
+        s, q = _sums_of_columns(columns, zero, zero)
+        mean = s * share if call.center else zero
+        square = mean * mean
+        var = q * share - square
+        rstd = one / root(var + call.eps)
+        if beyond(rstd, WIDE, count) + above(square, var * GOOD, count):
+            leave(call.otherwise, call, row, row + count)
+            continue
+        if given(call.mean):
+            store_lanes(call.mean, row, count, mean)
+            store_lanes(call.rstd, row, count, rstd)
+        if given(call.var):
+            store_lanes(call.var, row, count, var)
+        high = narrowed(mean)
+        form = high, narrowed(rstd), narrowed(zero - (mean - widened(high)) * rstd)
+        rows = transposed((
+            _y_of_column(own, 0, like, columns, *form),
+            _y_of_column(own, 1, like, columns, *form),
+            _y_of_column(own, 2, like, columns, *form),
+            _y_of_column(own, 3, like, columns, *form),
+            _y_of_column(own, 4, like, columns, *form),
+            _y_of_column(own, 5, like, columns, *form),
+            _y_of_column(own, 6, like, columns, *form),
+            _y_of_column(own, 7, like, columns, *form),
+        ))  # fmt: skip
+        _store_eight(y, at, size, count, rows)
 
 
 # ----------------------------------------------------------------------------------- rows: backward
@@ -2294,12 +2456,6 @@ def _products(i, count, like, at, dy, x, gamma, to, factor, high, low):
 
 
 @inline
-def _narrow(dy, x, high):
-    """Whether gradients' products may be added up in float32 first: halves are coarser than it."""
-    return significand(dy) < 24 and significand(x) < 24 and np.float64(np.float32(high)) == high
-
-
-@inline
 def _in_range(least, s, p):
     """Whether no sum in float32 may have lost what float64 holds."""
     return (least <= abs(p) < 2.0**120) and abs(s) < np.inf
@@ -2308,8 +2464,22 @@ def _in_range(least, s, p):
 @inline
 def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
     """Sums of what `_products` gives."""
-    if _narrow(dy, x, high):
-        zero, h = np.float32(0.0), np.float32(high)
+    sums = if_halves(x, if_halves(dy, _grad_sums_of_halves, _exact_grad_sums), _exact_grad_sums)
+    return sums(dy, x, first, last, factor, high, low, gamma, to)
+
+
+@inline
+def _exact_grad_sums(dy, x, first, last, factor, high, low, gamma, to):
+    like = lanes(x, 0.0)
+    return _sum_lines(like, _products, first, last, 0, dy, x, gamma, to, factor, high, low)
+
+
+@inline
+def _grad_sums_of_halves(dy, x, first, last, factor, high, low, gamma, to):
+    """`_grad_sums`, in float32 first if that loses nothing: halves are coarser than it."""
+    h = np.float32(high)
+    if np.float64(h) == high:
+        zero = np.float32(0.0)
         like = lanes(x, zero)
         s = p = 0.0
         for begin in range(first, last, NARROW):
@@ -2319,8 +2489,7 @@ def _grad_sums(dy, x, first, last, factor, high, low, gamma, to):
             p += dp
         if _in_range(TINY, s, p):
             return s, p - low * s
-    like = lanes(x, 0.0)
-    return _sum_lines(like, _products, first, last, 0, dy, x, gamma, to, factor, high, low)
+    return _exact_grad_sums(dy, x, first, last, factor, high, low, gamma, to)
 
 
 @elementwise
@@ -2365,16 +2534,16 @@ def _dx_and_params_of(
 
 
 @inline
-def _walk(call, streams):
+def _walk(call, writes):
     """What all `_row_grads` have in common: the length of a run of parameters, or of elements that
     share one, its pieces, those of a stretch; whether rows begin with the same parameter; how far
-    ahead memory is asked for, and whether dx's is.
+    ahead memory is asked for, and whether dx's is, if it `writes` it soon.
     """
     k0, r0, k1, r1, params, span = call.axes
     run = min(r1, params if span == 1 else span)
     pieces = (run + CHUNK - 1) // CHUNK
     ahead = _ahead_of_sums(call.dy, call.x, call.axes)
-    writes = r0 * r1 <= STAYS and not streams  # for then it is soon written to
+    writes = writes and r0 * r1 <= STAYS
     return run, pieces, r1 // run * pieces, r0 == 1 or _by_column(call.axes), ahead, writes
 
 
@@ -2460,14 +2629,18 @@ def _sums_of_runs(call, at, run, count, factor, high, low, rstd, weight, s, p):
 
 
 @plain
-def _row_grads_across(call, task, factor, high, low, rstd, weight, s, p):
+def _row_grads_across(call, task):
     """`_row_grads` of one part of all groups side by side: stretch by stretch as in memory, each of
     one parameter.
     """
+    factor, high = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    low, rstd = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    weight = scratch(real(call.x, 0.0), KNOWN)
+    s, p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     k0, r0, k1, r1, params, span = call.axes
     sample, part = task // call.parts, task % call.parts
     _centre_runs(call, sample * k1, k1, 1, factor, high, low, rstd)
-    of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     _fill(of_s, 0, k1, 0.0)
     _fill(of_p, 0, k1, 0.0)
     _run_params(call.axes, sample * r0 * k1 * r1, r1, k1, call.gamma, weight)
@@ -2532,10 +2705,15 @@ def _grad_formulas(call, count, centre, s, p, high, scale, slope, shift):
 
 
 @inline
-def _apply_grads_in_order(call, first, last, streams, centre, of_s, of_p, table):
+def _apply_grads_in_order(call, first, last, streams):
     """dx of stretches first..last, each of one parameter, in the order of memory."""
-    x, axes = call.x, call.axes
+    x, axes, zero = call.x, call.axes, real(call.x, 0.0)
     k0, r0, k1, r1, params, span = axes
+    of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    table = (
+        scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
+    )  # fmt: skip
     ahead = _ahead_of_stretch(x, axes)
     task, known, wide = first, np.int64(-1), False
     while task < last:
@@ -2566,45 +2744,32 @@ def _apply_grads_in_order(call, first, last, streams, centre, of_s, of_p, table)
         task += count
 
 
-def rows_grad_sums(pointer, first, last):
+def rows_grad_sums(call, first, last):
     """Sums of gradients: a task is a part of a group, a stretch of memory."""
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
-    walk = _walk(call, True)  # as if dx were: it is not written soon
+    call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
+    walk = _walk(call, False)
     for task in range(first, last):
         s, p = _row_grads(call, task // call.parts, task % call.parts, walk)
         store(call.partial, 2 * task, s)
         store(call.partial, 2 * task + 1, p)
 
 
-def rows_grad_sums_across(pointer, first, last):
+def rows_grad_sums_across(call, first, last):
     """The same: a task is a part of all groups side by side."""
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
-    weight, s, p = scratch(zero, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
-    centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
+    call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
     for task in range(first, last):
-        _row_grads_across(call, task, *centre, weight, s, p)
+        _row_grads_across(call, task)
 
 
-def rows_grads(pointer, first, last):
+def rows_grads(call, first, last):
     """dx of groups whose parts were summed: a task is a stretch of memory."""
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
+    call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
     x, axes, parts = call.x, call.axes, call.parts
     k0, r0, k1, r1, params, span = axes
-    table = (
-        scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
-    )  # fmt: skip
-    of_s, of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
-    centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     in_order = _run(x, axes, r0 > 1) >= per_line(x) and (r0 == 1 or k1 <= KNOWN)
     streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, in_order)
     if r0 > 1 and in_order:
-        _apply_grads_in_order(call, first, last, streams, centre, of_s, of_p, table)
+        _apply_grads_in_order(call, first, last, streams)
         return
     ahead = _ahead_of_stretch(x, axes)
     group, place, row, at = _find_stretch(axes, parts, first)
@@ -2622,12 +2787,10 @@ def rows_grads(pointer, first, last):
         at = end
 
 
-def rows_backward(pointer, first, last):
+def rows_backward(call, first, last):
     """dx, from sums to the end: a task is a group."""
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
-    dy, x, axes, parts = call.dy, call.x, call.axes, call.parts
+    call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
+    dy, x, axes, parts, zero = call.dy, call.x, call.axes, call.parts, real(call.x, 0.0)
     k0, r0, k1, r1, params, span = axes
     table = (
         scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
@@ -2637,7 +2800,7 @@ def rows_backward(pointer, first, last):
     run = _run(x, axes, True)
     quick = run >= per_line(x) and r0 == 1
     streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, quick)
-    walk = _walk(call, streams)
+    walk = _walk(call, not streams)
     fixed, later, none = _by_column(axes), _ahead_of_result(x, axes), np.int64(0)
     block, runs = (max(1, NEAR // r1), r1 // run) if quick else (1, 1)
     like, done = lanes(x, zero), first * r1  # what is stored of groups side by side, by `form`
@@ -2761,27 +2924,74 @@ def _grads_of_few(call, gamma, row, rows, ahead, of_s, of_p, dgamma, dbeta):
 
 
 @inline
-def _keep_grads(sums, share, params, dgamma, dbeta, count, fresh):
-    """Let dgamma and dbeta of some rows be a share of them, or enter it; those of others follow."""
-    if fresh:
-        _copy_to(sums, share, dgamma, count)
-        _copy_to(sums, share + params, dbeta, count)
-    else:
-        _add(sums, share, dgamma, 0, count)
-        _add(sums, share + params, dbeta, 0, count)
+def _clear_grads(dgamma, dbeta, count):
     _fill(dgamma, 0, count + SPARE, 0.0)
     _fill(dbeta, 0, count + SPARE, 0.0)
 
 
-def rows_backward_params(pointer, first, last):
+@inline
+def _keep_grads(call, block, skipped, dgamma, dbeta, count):
+    """Let dgamma and dbeta of some rows enter a block's share of them, or be all of them."""
+    if given(call.sums):
+        share = (2 * block * call.axes[4]) + skipped
+        _add(call.sums, share, dgamma, 0, count)
+        _add(call.sums, share + call.axes[4], dbeta, 0, count)
+    else:
+        _copy_to(call.dgamma, skipped, dgamma, count)
+        _copy_to(call.dbeta, skipped, dbeta, count)
+
+
+@inline
+def _row_grad_sums(call, gamma, at, end, index, factor, high, low):
+    """Sums of gamma*dy and gamma*dy*(x - mean)*factor of a row whose first parameter is `index`."""
+    params = call.axes[4]
+    s = p = 0.0
+    while at < end:
+        last, to = min(end, at + min(CHUNK, params - index)), index - at
+        ds, dp = _grad_sums(call.dy, call.x, at, last, factor, high, low, gamma, to)
+        s += ds
+        p += dp
+        index += last - at
+        if index == params:
+            index = 0
+        at = last
+    return s, p
+
+
+@inline
+def _store_row_grads(call, arrays, at, end, start, count, streams, factor, high, low, rstd, s, p):
+    """dx of a row whose first parameter is `start` of `count`, and its share of their gradients;
+    the first parameter of the next row.
+    """
+    x, one = call.x, np.float32(1.0)
+    slope, shift = _line(call, s, p, low, rstd)
+    lift, wide = -low * rstd, is_float64(x) or _extreme(rstd) or _unsafe(slope)
+    form = factor, high, rstd, slope, shift, lift
+    narrow = (
+        one, np.float32(high), np.float32(rstd), np.float32(slope), np.float32(shift),
+        np.float32(lift),
+    )  # fmt: skip
+    while at < end:
+        last = min(end, at + count - start)
+        run, what = (at, last, 0, streams), (at - start, call.dy, x, *arrays)
+        if wide:
+            _store_lines(call.dx, _dx_and_params_of, lanes(x, 0.0), *run, *what, *form)
+        else:
+            _store_lines(call.dx, _dx_and_params_of, lanes(x, one), *run, *what, *narrow)
+        start += last - at
+        if start == count:
+            start = 0
+        at = last
+    return start
+
+
+def rows_backward_params(call, first, last):
     """A task is a chunk of the parameters in a block of `rows` rows: dx, and the block's share of
     dgamma and dbeta, by way of `grads`, which has two lines to spare. Rows of several chunks were
-    summed before.
+    summed before. Of a single block of at most ROW_BLOCK rows, dgamma and dbeta themselves.
     """
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    every_gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch(zero, ROW_LIMIT))
-    dy, x, dx, sums = call.dy, call.x, call.dx, call.sums
+    every_gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch_for_halves(call.x, ROW_LIMIT))
+    x = call.x
     k0, r0, k1, r1, params, span = call.axes
     chunk = params if params <= ROW_MOST else CHUNK
     chunks, space = (params + chunk - 1) // chunk, grads_space(chunk)
@@ -2790,71 +3000,50 @@ def rows_backward_params(pointer, first, last):
     dgamma = moved(call.grads, 2 * per_line(call.grads) - past_line(call.grads, 0))
     dgamma = moved(dgamma, 2 * first * space)
     dbeta = moved(dgamma, space)
-    of_s, of_p, one = scratch(0.0, FEW_BLOCK), scratch(0.0, FEW_BLOCK), np.float32(1.0)
+    of_s, of_p = scratch(0.0, FEW_BLOCK), scratch(0.0, FEW_BLOCK)
     few = r1 == params and r1 <= FEW and not (is_float64(x) or call.frozen)
     ahead, several = _ahead_of_short_rows(x, call.axes), FEW_BLOCK if few else ROW_BLOCK
     # Halves have twice as many sums a line, which then begin and end within lines.
-    streams = significand(x) >= 24 and _streams_rows(dx, PASSES_BACKWARD, call.axes, False)
+    streams = significand(x) >= 24 and _streams_rows(call.dx, PASSES_BACKWARD, call.axes, False)
     for task in range(first, last):
         block, skipped = task // chunks, task % chunks * chunk
         gamma = moved(every_gamma, skipped)
         count = min(params - skipped, chunk)
         size = count if chunks > 1 else r1
-        end, share = min((block + 1) * call.rows, k0), 2 * block * params + skipped
+        end = min((block + 1) * call.rows, k0)
         start = block * call.rows * r1 % params  # a row's first parameter
-        fresh = True
-        _fill(dgamma, 0, count + SPARE, zero)
-        _fill(dbeta, 0, count + SPARE, zero)
+        if given(call.sums):
+            share = 2 * block * params + skipped
+            _fill(call.sums, share, share + count, 0.0)
+            _fill(call.sums, share + params, share + params + count, 0.0)
         for begin in range(block * call.rows, end, several):
-            last_row = min(begin + several, end)
-            done = few and _grads_of_few(
-                call, gamma, begin, last_row - begin, ahead, of_s, of_p, dgamma, dbeta
-            )
-            for row in range(last_row if done else begin, last_row):
+            stop = min(begin + several, end)
+            if few and _grads_of_few(
+                call, gamma, begin, stop - begin, ahead, of_s, of_p, dgamma, dbeta
+            ):
+                _keep_grads(call, block, skipped, dgamma, dbeta, count)
+                continue
+            for row in range(begin, stop):
+                inside = (row - begin) % ROW_BLOCK
+                if inside == 0:
+                    _clear_grads(dgamma, dbeta, count)
                 mean, residual, rstd = _saved(call, row)
-                factor, high, low, scaled = _centre(x, mean, residual, rstd)
-                origin = row * r1 + skipped
-                at, stop, index, s, p = origin, origin + size, start, 0.0, 0.0
+                factor, high, low, rstd = _centre(x, mean, residual, rstd)
+                at = row * r1 + skipped
+                s = p = 0.0
                 if given(call.partial):
                     s, p = _sums_of_parts(call, row)
                 elif few:
                     s, p = load(of_s, row - begin), load(of_p, row - begin)
                 elif not call.frozen:
-                    while at < stop:
-                        last_of_piece, to = min(stop, at + min(CHUNK, params - index)), index - at
-                        ds, dp = _grad_sums(dy, x, at, last_of_piece, factor, high, low, gamma, to)
-                        s += ds
-                        p += dp
-                        index += last_of_piece - at
-                        if index == params:
-                            index = 0
-                        at = last_of_piece
-                    p *= scaled
-                slope, shift = _line(call, s, p, low, scaled)
-                lift, wide = -low * scaled, is_float64(x) or _extreme(rstd) or _unsafe(slope)
-                at = origin
-                while at < stop:
-                    last_of_run = min(stop, at + count - start)
-                    run = at, last_of_run, 0, streams
-                    what = at - start, dy, x, gamma, dgamma, dbeta
-                    form = factor, high, scaled, slope, shift, lift
-                    narrow = (
-                        one, np.float32(high), np.float32(scaled), np.float32(slope),
-                        np.float32(shift), np.float32(lift),
-                    )  # fmt: skip
-                    if wide:
-                        _store_lines(dx, _dx_and_params_of, lanes(x, 0.0), *run, *what, *form)
-                    else:
-                        _store_lines(dx, _dx_and_params_of, lanes(x, one), *run, *what, *narrow)
-                    start += last_of_run - at
-                    if start == count:
-                        start = 0
-                    at = last_of_run
-                if (row + 1 - begin) % ROW_BLOCK == 0 and row + 1 < last_row:
-                    _keep_grads(sums, share, params, dgamma, dbeta, count, fresh)
-                    fresh = False
-            _keep_grads(sums, share, params, dgamma, dbeta, count, fresh)
-            fresh = False
+                    s, p = _row_grad_sums(call, gamma, at, at + size, start, factor, high, low)
+                    p *= rstd
+                start = _store_row_grads(
+                    call, (gamma, dgamma, dbeta), at, at + size, start, count, streams, factor,
+                    high, low, rstd, s, p
+                )  # fmt: skip
+                if inside == ROW_BLOCK - 1 or row + 1 == stop:
+                    _keep_grads(call, block, skipped, dgamma, dbeta, count)
 
 
 @elementwise
@@ -2976,9 +3165,8 @@ def _sum_columns(like, make, sums, to, first, last, at, stride, rows, *what):
 @inline
 def _column_sums(call, unit, part, shift, sums, to):
     """Sums of one part of a slab: a block of rows."""
-    _add_columns(call, unit, part, shift, zero_of_few(call.x), sums, to)
-    if significand(call.x) < 24:
-        _mend_columns(call, unit, part, shift, sums, to)
+    add = if_halves(call.x, _column_sums_of_halves, _add_columns)
+    add(call, unit, part, shift, zero_of_few(call.x), sums, to)
 
 
 @reduction
@@ -2991,8 +3179,9 @@ def _lost(x, count, columns, sums, to):
 
 
 @plain
-def _mend_columns(call, unit, part, shift, sums, to):
-    """Sum again, in float64, the columns whose sums float32 did not keep."""
+def _column_sums_of_halves(call, unit, part, shift, zero, sums, to):
+    """`_column_sums`, in float64 again where float32 did not keep them."""
+    _add_columns(call, unit, part, shift, zero, sums, to)
     r0, parts = call.axes[1], call.parts
     _, _, _, columns, _ = _slab(call.axes, unit)
     count = (part + 1) * r0 // parts - part * r0 // parts
@@ -3359,9 +3548,8 @@ def _store_slab(
         begin = stop
 
 
-def columns_sums(pointer, first, last):
+def columns_sums(call, first, last):
     """Sums of elements and of their squares: a task is a part of a slab, a block of rows."""
-    call = _behind(pointer)
     shift, sums = scratch(0.0, SLAB), scratch(0.0, PAIR)
     for task in range(first, last):
         unit, part = task // call.parts, task % call.parts
@@ -3372,9 +3560,8 @@ def columns_sums(pointer, first, last):
         _keep_pair(call, task, sums)
 
 
-def columns_finish(pointer, first, last):
+def columns_finish(call, first, last):
     """Statistics of slabs whose parts were summed; of float64, after a first round, the mean."""
-    call = _behind(pointer)
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     final = call.round == _rounds(call) - 1
@@ -3385,11 +3572,11 @@ def columns_finish(pointer, first, last):
         _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
 
 
-def columns_apply(pointer, first, last):
+def columns_apply(call, first, last):
     """y by statistics that are given: a task is a block of rows of a window of columns."""
-    call = _behind(pointer)
-    zero, one = real(call.x, 0.0), np.float32(1.0)
-    call = _with_params(call, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
+    one = np.float32(1.0)
+    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
+    call = _with_params(copied(call), *buffers)
     mean, residual, rstd = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
     scale, lift, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
@@ -3411,11 +3598,11 @@ def columns_apply(pointer, first, last):
         _store_slab(arrays, _y_of, *place, wide, count, form, narrow)
 
 
-def columns_forward(pointer, first, last):
+def columns_forward(call, first, last):
     """Statistics and, if there is a y, the result: a task is a slab of columns."""
-    call = _behind(pointer)
-    zero, one = real(call.x, 0.0), np.float32(1.0)
-    call = _with_params(call, scratch(zero, ROW_LIMIT), scratch(zero, ROW_LIMIT))
+    one = np.float32(1.0)
+    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
+    call = _with_params(copied(call), *buffers)
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIRS), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
@@ -3448,10 +3635,9 @@ def columns_forward(pointer, first, last):
 @inline
 def _column_grad_sums(call, unit, part, factor, high, low, sums, to):
     """Gradient sums of one part of a slab; weighted by gamma if that differs between rows."""
-    if significand(call.dy) < 24 and significand(call.x) < 24 and call.axes[1] >= NARROW_ROWS:
-        _narrow_column_grads(call, unit, part, factor, high, low, sums, to)
-    else:
-        _add_column_grads(call, unit, part, 0.0, factor, high, low, sums, to)
+    of_halves = if_halves(call.dy, _column_grad_sums_of_halves, _add_column_grads)
+    add = if_halves(call.x, of_halves, _add_column_grads)
+    add(call, unit, part, 0.0, factor, high, low, sums, to)
 
 
 @reduction
@@ -3467,19 +3653,22 @@ def _lost_grads(least, high, columns, sums, to):
 
 
 @plain
-def _narrow_column_grads(call, unit, part, factor, high, low, sums, to):
-    """`_column_grad_sums` of halves: in float32, and again in float64 where that lost any."""
+def _column_grad_sums_of_halves(call, unit, part, zero, factor, high, low, sums, to):
+    """`_column_grad_sums`, of many rows in float32, and again in float64 where that lost any."""
+    if call.axes[1] < NARROW_ROWS:
+        _add_column_grads(call, unit, part, zero, factor, high, low, sums, to)
+        return
     _, _, _, columns, _ = _slab(call.axes, unit)
-    zero = np.float32(0.0)
-    about, wide = scratch(zero, SLAB), scratch(0.0, PAIR)
+    about, wide = scratch(np.float32(0.0), SLAB), scratch(0.0, PAIR)
     _copy_from(high, 0, about, SLAB)
-    _add_column_grads(call, unit, part, zero, factor, about, zero, sums, to)
+    none = np.float32(0.0)
+    _add_column_grads(call, unit, part, none, factor, about, none, sums, to)
     # Channels that had no gradient at all are common, and products of float16 are never tiny.
     exact = min(significand(call.dy), significand(call.x)) > 8 and _by_column(call.axes)
     least = 0.0 if exact else TINY
     again = _lost_grads(least, high, columns, sums, to) > 0
     if again:
-        _add_column_grads(call, unit, part, 0.0, factor, high, low, wide, 0)
+        _add_column_grads(call, unit, part, zero, factor, high, low, wide, 0)
     for j in range(columns):
         if again and _lost_grads(least, moved(high, j), 1, sums, to + j):
             store(sums, to + j, load(wide, j))
@@ -3586,11 +3775,9 @@ def _prepare_column_grads(
     return wides * step
 
 
-def columns_grad_sums(pointer, first, last):
+def columns_grad_sums(call, first, last):
     """Sums of gradients: a task is a part of a slab, a block of rows."""
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
+    call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     factor, high, low = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, SLAB)
     wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
@@ -3602,13 +3789,11 @@ def columns_grad_sums(pointer, first, last):
         _keep_pair(call, task, sums)
 
 
-def columns_backward(pointer, first, last):
+def columns_backward(call, first, last):
     """dx: a task is a slab of columns, from sums to the end, or, of slabs whose parts were summed,
     a block of rows.
     """
-    call = _behind(pointer)
-    zero = real(call.x, 0.0)
-    call = _with_gamma(call, scratch(zero, ROW_LIMIT))
+    call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
     parts, r0 = call.parts, call.axes[1]
     sums = scratch(0.0, PAIRS)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
@@ -3678,9 +3863,8 @@ def _column_param_sums(dy, x, first, count, mean, residual, rstd, group):
     return p, s
 
 
-def param_sums(pointer, first, last):
+def param_sums(call, first, last):
     """Sums of dy*xhat and dy over runs first..last that share a parameter: (runs, 2)."""
-    call = _behind(pointer)
     dy, x, axes = call.dy, call.x, call.axes
     k0, r0, k1, r1, params, span = axes
     for run in range(first, last):
@@ -3707,12 +3891,11 @@ def param_sums(pointer, first, last):
         store(call.sums, 2 * run + 1, s)
 
 
-def slab_params(pointer, first, last):
+def slab_params(call, first, last):
     """dgamma and dbeta, summed over all elements with the same parameter, if those follow each
     other in memory: a task is a slab of parameters in one of `rows` shares of the data, (rows, 2,
     params).
     """
-    call = _behind(pointer)
     dy, x, axes, sums = call.dy, call.x, call.axes, call.sums
     k0, r0, k1, r1, params, span = axes
     dgamma, dbeta = scratch(0.0, NARROW_SLAB), scratch(0.0, NARROW_SLAB)
@@ -3751,13 +3934,12 @@ def _add_param_grads(dy, x, first, last, factor, high, rstd, lift, dgamma, dbeta
         store(dbeta, i + offset, load(dbeta, i + offset) + g)
 
 
-def fold(pointer, first, last):
+def fold(call, first, last):
     """dgamma and dbeta from sums over parts of the data; a task is a slab of parameters.
 
     Of each parameter there are outer*tile*inner sums of either kind, whose distances in memory are
     `per_outer` and so on.
     """
-    call = _behind(pointer)
     total = scratch(0.0, NARROW_SLAB)
     for task in range(first, last):
         begin = task * NARROW_SLAB
@@ -3788,7 +3970,7 @@ def _add_every(total, sums, at, step, count):
 
 
 class Family(NamedTuple):
-    """The kernels of one family, by what a task is and does; the first four are forward's."""
+    """The kernels of one family, by what a task is and does; four of forward, three of backward."""
 
     sums: Any  #: of a part, forward
     finish: Any  #: statistics, from those
@@ -3797,29 +3979,33 @@ class Family(NamedTuple):
     grad_sums: Any  #: of a part, backward
     grads: Any  #: dx of a piece, from those
     backward: Any  #: all of it of one unit
+    otherwise: Any = None  #: what does what `forward` leaves
 
 
 ROWS = Family(
     rows_sums, rows_finish, rows_apply, rows_forward, rows_grad_sums, rows_grads, rows_backward
 )
-#: rows of at most `FEW` elements with a parameter each, not of float64
-ROWS_OF_FEW = ROWS._replace(forward=rows_of_few_forward)
+#: rows that are whole groups, of at most `FEW` elements with a parameter each, not of float64,
+ROWS_OF_FEW = ROWS._replace(forward=rows_of_few_forward, otherwise=rows_forward)
+#: those of more,
+USUAL_ROWS = ROWS_OF_FEW._replace(forward=rows_usual_forward)
+#: and those with one parameter for all
+ALIKE_ROWS = ROWS_OF_FEW._replace(forward=rows_alike_forward)
 #: rows whose parts are of all groups side by side
 ACROSS = ROWS._replace(sums=rows_sums_across, grad_sums=rows_grad_sums_across)
 COLUMNS = Family(
     columns_sums, columns_finish, columns_apply, columns_forward, columns_grad_sums,
     columns_backward, columns_backward,
 )  # fmt: skip
-FAMILIES = ROWS, ROWS_OF_FEW, ACROSS, COLUMNS
+FAMILIES = ROWS, ROWS_OF_FEW, USUAL_ROWS, ALIKE_ROWS, ACROSS, COLUMNS
 
 
 # --------------------------------------------------------------------------------------- parameters
-def widen(pointer, first, last):
+def widen(call, first, last):
     """A parameter in the arithmetic type: each element `repeat` times, then all `tile` times.
 
     A task is a chunk of its elements.
     """
-    call = _behind(pointer)
     params, repeat = call.params, call.repeat
     for task in range(first, last):
         begin, end = task * CHUNK, min((task + 1) * CHUNK, params)
@@ -3864,12 +4050,13 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
     becomes.
     """
     real = "float64" if x == "float64" else "float32"
+    param = x if kind is Fold else real
     element = {
         "x": Pointer(x), "y": Pointer(x, "out"), "dy": Pointer(dy), "dx": Pointer(x, "out"),
         "gamma": Pointer(real), "beta": Pointer(real),
         "mean": Pointer("float64", "scratch"), "residual": Pointer("float64", "scratch"),
         "rstd": Pointer("float64", "scratch"), "var": Pointer("float64", "scratch"),
-        "dgamma": Pointer(x, "out"), "dbeta": Pointer(x, "out"),
+        "dgamma": Pointer(param, "out"), "dbeta": Pointer(param, "out"),
         "param": Pointer(x), "wide": Pointer(dy, "out"),
         "partial": Pointer("float64", "scratch"), "sums": Pointer("float64", "scratch"),
         "grads": Pointer(real, "scratch"),
@@ -3884,16 +4071,20 @@ def _fields(kind: type, x: str, dy: str) -> list[Any]:
     return [element.get(field, types.int64) for field in kind._fields]  # type: ignore[attr-defined]
 
 
+_C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
 class Compiled:
     """A kernel for given dtypes: `address`, to `run` on this thread, to `share` between several."""
 
     def __init__(self, kernel: Any, kind: type, x: str, dy: str) -> None:
-        fields = _fields(kind, x, dy)
-        call = types.CPointer(types.NamedTuple(fields, kind))
+        call = Call(kind, x, dy)
         signature = types.void(call, types.int64, types.int64)
         self._function = cfunc(signature, cache=True, **_ERRORS)(kernel)
         self.address = self._function.address
-        self._call = types.Tuple([Pointer() if isinstance(f, Pointer) else f for f in fields])
+        self._call = types.Tuple(
+            [Pointer() if isinstance(f, Pointer) else f for f in call.tuple.types]
+        )
         self.run = _entry(enter, types.int64, self._call, types.int64)
 
     @cached_property
@@ -3904,6 +4095,37 @@ class Compiled:
 
 
 compiled = cache(Compiled)
+
+
+class Link:
+    """Where a kernel finds another that it rarely needs, as a dynamic linker's table has it: the
+    first call is one of Python, which compiles that kernel and puts its address there.
+
+    Nothing can be raised through a kernel: what goes wrong is among `failures`.
+    """
+
+    def __init__(self, *kernel: Any) -> None:
+        self._kernel = kernel
+        self._first = _C_KERNEL(self._compile_and_run)
+        self._place = ctypes.cast(self._first, ctypes.c_void_p)
+        self.address = ctypes.addressof(self._place)
+
+    def _compile_and_run(self, call: int, first: int, last: int) -> None:
+        interrupted, address = False, None
+        while address is None:
+            try:
+                address = self._place.value = compiled(*self._kernel).address
+            except KeyboardInterrupt:  # is to be raised when the work is done
+                interrupted = True
+            except Exception as error:
+                failures.append(error)
+                return
+        _C_KERNEL(address)(call, first, last)
+        if interrupted:
+            interrupt_main()
+
+
+link = cache(Link)
 
 
 @cache

@@ -32,6 +32,7 @@ _WAKES = 1 << 19  #: elements of work that are worth waking them, which takes 30
 _BUSY = 8  #: calls that follow each other, more than any norm makes, after which more are expected
 
 _starting = threading.Lock()
+failures: list[Exception] = []  #: to compile what a kernel called, which then did not do its work
 
 
 @cache
@@ -83,7 +84,13 @@ class Pool:
         """Run all tasks of a compiled kernel, which work on so many elements."""
         if tasks == 1 or not self._may_share(elements):
             kernel.run(kernel.address, call, tasks)
-            return
+        else:
+            self._share(kernel, call, tasks, elements)
+        if failures:
+            raise RuntimeError("a kernel of normkit's could not be compiled") from failures[0]
+
+    def _share(self, kernel: Any, call: tuple[Any, ...], tasks: int, elements: int) -> None:
+        """The same on several threads, if that pays."""
         self._close = self._close + 1 if perf_counter() - self._ended < _AWAKE else 0
         pays = self._close >= _BUSY or elements >= _WAKES
         if pays and self._entered.acquire(blocking=False):
