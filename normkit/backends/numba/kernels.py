@@ -3497,7 +3497,9 @@ def _rows_ahead(streams, late, size, stride, to):
     """How far ahead `_store_lines` asks for memory, `size` elements of rows at a time."""
     if streams:
         return (PARTLY * per_line(to) + size - 1) // size * stride
-    return AHEAD * stride if late else 0
+    whole = size == stride  # and then so near that the first cache has it still when it is used
+    ahead = min(AHEAD * stride, LEAD * per_line(to)) if whole else AHEAD * stride
+    return ahead if late else 0
 
 
 @inline  # LLVM would keep `make`, an address of this process
