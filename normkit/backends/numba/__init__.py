@@ -28,7 +28,7 @@ _NEAR = 1 << 19  #: elements of a slab that a cache keeps
 _FAR_BYTES, _LEAPS = 1 << 22, 16
 #: parts of all groups then, of so many bytes of each at least: their sums are below 1 % of that
 _LEAST_ACROSS, _PARTS_ACROSS, _PART_BYTES = 4, 16, 1 << 11
-_ALIKE = 256  #: elements of a row with one parameter, which begins and ends within cache lines
+_ALIKE = 256  #: least elements of a row with one parameter that is not stored with its neighbours
 _KEPT = 1 << 16  #: elements of a constant that is worth keeping
 _NONE = Stats(None, None)
 _RUN = 1024  #: runs of parameters are repeated up to this length
@@ -72,6 +72,11 @@ class Work:
     def forward(self) -> Any:
         """The compiled kernel of a whole group or slab, forward,"""
         return self.compiled(self.family.forward)
+
+    @cached_property
+    def general(self) -> Any:
+        """that which also serves without a result, or with running statistics,"""
+        return self.compiled(self.family.otherwise or self.family.forward)
 
     @cached_property
     def apply(self) -> Any:
@@ -256,7 +261,7 @@ class Numba(Backend):
         else:
             call = (x, None, None, None, *stats, None, *_running(None, eps))
             call += work.numbers(eps, center, work.parts)
-            self._pool.run(work.forward, call, work.units, work.elements)
+            self._pool.run(work.general, call, work.units, work.elements)
         return stats
 
     def normalize(
@@ -290,7 +295,8 @@ class Numba(Backend):
             x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
             *work.numbers(eps, center, work.parts),
         )  # fmt: skip
-        self._pool.run(work.forward, call, work.units, work.elements)
+        kernel = work.forward if update is None else work.general
+        self._pool.run(kernel, call, work.units, work.elements)
         return stats
 
     def infer(
@@ -330,6 +336,8 @@ class Numba(Backend):
         kernel, parts, tasks = work.forward, work.parts, work.units
         if frozen:
             kernel, parts, tasks = work.apply, work.blocks, work.windows
+        elif update is not None:
+            kernel = work.general
         numbers = _running(update, eps, kinds)[2:]
         numbers += work.numbers(eps, center, parts)
 
@@ -444,7 +452,7 @@ class Numba(Backend):
             space = k.grads_space.py_func(chunk)
             # With lines to spare; a thread uses, and so has pages for, its first task's only.
             grads = np.empty(2 * tasks * space + 64, work.real)
-            if k0 <= min(rows, k.ROW_BLOCK) and work.as_given and {*affine} == {work.real}:
+            if 0 < k0 <= min(rows, k.ROW_BLOCK) and work.as_given and {*affine} == {work.real}:
                 found = np.empty(params, work.real), np.empty(params, work.real)
                 run(k.rows_backward_params, tasks, partial, None, (grads, *found), rows)
                 return found
@@ -522,7 +530,7 @@ class Numba(Backend):
         if operation not in ("normalize", "infer"):
             if by_parts:
                 found.append(step(family.sums, "sums", work.sum_tasks, "part"))
-            kernel = family.finish if by_parts else family.forward
+            kernel = family.finish if by_parts else family.otherwise or family.forward
             found.append(step(kernel, "statistics", work.units, unit))
             if by_parts and work.real == np.float64 and options["center"]:
                 found *= 2  # about an element, then about the mean
@@ -536,8 +544,10 @@ class Numba(Backend):
     def kernels(self, dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         real = "float64" if dtype == "float64" else "float32"
         families = (k.ROWS, k.COLUMNS) if dtype == "float64" else k.FAMILIES
-        forward = dict.fromkeys(kernel for family in families for kernel in family[:4])
-        backward = dict.fromkeys(kernel for family in families for kernel in family[4:7])
+        forward, backward = (
+            dict.fromkeys(getattr(family, field) for family in families for field in fields)
+            for fields in (k.FORWARD, k.BACKWARD)
+        )
         backward |= dict.fromkeys((k.rows_backward_params, k.param_sums, k.slab_params))
         needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
         needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))

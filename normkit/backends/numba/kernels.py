@@ -24,12 +24,11 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from _thread import interrupt_main
 from collections import namedtuple
 from collections.abc import Collection
 from functools import cache, cached_property
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from llvmlite import ir
@@ -38,6 +37,7 @@ from numba import cfunc, njit, prange, types
 from numba.core import cgutils, config
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.typing.templates import (
     AbstractTemplate,
     AttributeTemplate,
@@ -54,7 +54,7 @@ from numba.extending import (
     unbox,
 )
 
-from normkit.backends.numba.threads import failures, start_threads
+from normkit.backends.numba.threads import failure, start_threads
 
 _BYTE = ir.IntType(8).as_pointer()
 _INPUTS, _SCRATCH = "normkit.inputs", "normkit.scratch"
@@ -1062,7 +1062,7 @@ ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at on
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 FEW_BLOCK = 128  #: the same of rows of few elements, by lanes: sixteen in each
 
-#: `otherwise`: the `Link` to a kernel for what is unusual, if the one called leaves that to it
+#: `otherwise`: where the kernel called finds one for what it leaves: the address of a `Link`
 Forward = namedtuple(
     "Forward",
     "x y gamma beta mean rstd var residual r d partial running_mean running_spread kinds factor "
@@ -2290,8 +2290,9 @@ def rows_forward(call, first, last):
     fixed, later, rounds = _by_column(axes), _ahead_of_result(x, axes), _rounds(call)
     none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
     ahead = _ahead_of_short_rows(x, axes)
-    for begin in range(first, last, _block(axes)):
-        groups = min(_block(axes), last - begin)
+    block = _block(axes)
+    for begin in range(first, last, block):
+        groups = min(block, last - begin)
         for again in range(rounds):
             for i in range(groups):
                 store(shift, i, _shift(call, begin + i, again == 1, mean, i))
@@ -2321,7 +2322,8 @@ def rows_forward(call, first, last):
                 end_of_run += k1 * r1
 
 
-# What is usual, by kernels that take a third of the time to compile, and leave what is not.
+# What is usual, by kernels that take a third of the time to compile. What is not they leave, with
+# more that follows it: the other kernel has to prepare for every call.
 @inline
 def _usual_rows(given_call, gamma, beta, call, first, last):
     """`rows_forward` of rows, not of float64, whose elements have gamma and beta each, or share
@@ -2329,22 +2331,19 @@ def _usual_rows(given_call, gamma, beta, call, first, last):
     """
     x, y, axes, zero = call.x, call.y, call.axes, real(call.x, 0.0)
     k0, r0, k1, r1, params, span = axes
-    if given(call.running_mean):
-        leave(call.otherwise, given_call, first, last)
-        return
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIR), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     table = scratch(zero, SLAB), scratch(zero, SLAB), scratch(zero, SLAB)
     _fill(shift, 0, SLAB, 0.0)
     streams = _streams_rows(y, _passes(axes), axes, False)
     none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
-    block = max(1, NEAR // r1)
     scale, lift = real(x, 1.0), zero
-    if gamma is None and given(y):
+    if gamma is None:
         scale, lift = load(call.gamma, 0), load(call.beta, 0)
-    for begin in range(first, last, block):
+    block, begin = max(1, NEAR // r1), first
+    while begin < last:
         groups, at = min(block, last - begin), begin * r1
-        for i in range(groups):
+        for i in range(groups):  # as `_group_sums`, which has more to compile
             row, s, q = at + i * r1, 0.0, 0.0
             for piece in range(row, row + r1, CHUNK):
                 ds, dq = _sums(x, piece, min(piece + CHUNK, row + r1), 0.0, 1.0, 1.0)
@@ -2358,27 +2357,28 @@ def _usual_rows(given_call, gamma, beta, call, first, last):
         _fill(table[1], 0, groups, scale)
         _fill(table[2], 0, groups, lift)
         if unusual + _set_formulas(x, groups, mean, residual, rstd, *table):
+            groups = min(SLAB, last - begin)
             leave(call.otherwise, given_call, begin, begin + groups)
-            continue
-        _keep_moments(call, begin, groups, mean, var, rstd)
-        if given(y):
+        else:
+            _keep_moments(call, begin, groups, mean, var, rstd)
             _apply_each(
                 x, y, gamma, beta, params, at, r1, r1, groups, none, step, none, streams, table
             )
+        begin += groups
 
 
 def rows_usual_forward(call, first, last):
-    """The same of usual rows with a parameter for each element, not of float64."""
+    """Statistics and result of usual rows with a parameter for each element, not of float64."""
     buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
-    own = _with_params(copied(call), *buffers)
-    _usual_rows(call, own.gamma, own.beta, own, first, last)
+    wide = _with_params(copied(call), *buffers)
+    _usual_rows(call, wide.gamma, wide.beta, wide, first, last)
 
 
 def rows_alike_forward(call, first, last):
-    """The same of usual rows whose elements all share one."""
-    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
-    own = _with_params(copied(call), *buffers)
-    _usual_rows(call, None, None, own, first, last)
+    """The same of rows with one parameter for all elements."""
+    buffers = scratch_for_halves(call.x, FEW), scratch_for_halves(call.x, FEW)
+    wide = _with_params(copied(call), *buffers)
+    _usual_rows(call, None, None, wide, first, last)
 
 
 @elementwise
@@ -2390,16 +2390,14 @@ def _y_of_column(call, k, like, columns, *form):
 
 def rows_of_few_forward(call, first, last):
     """The same of rows of few elements with a parameter each, eight rows at a time, by columns."""
-    if not given(call.y):
-        leave(call.otherwise, call, first, last)
-        return
     buffers = scratch_for_halves(call.x, FEW), scratch_for_halves(call.x, FEW)
-    own = _with_params(copied(call), *buffers)
+    wide = _with_params(copied(call), *buffers)
     x, y, size = call.x, call.y, call.axes[3]
     ahead = _ahead_of_short_rows(x, call.axes)
     like, zero = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
     one, share = zero + 1.0, 1.0 / size
-    for row in range(first, last, FEW):
+    row = first
+    while row < last:
         at, count = row * size, min(last - row, FEW)
         if ahead:
             _fetch_all(y, x, None, at + ahead, at + ahead + FEW * size)
@@ -2410,7 +2408,9 @@ def rows_of_few_forward(call, first, last):
         var = q * share - square
         rstd = one / root(var + call.eps)
         if beyond(rstd, WIDE, count) + above(square, var * GOOD, count):
+            count = min(SLAB, last - row)
             leave(call.otherwise, call, row, row + count)
+            row += count
             continue
         if given(call.mean):
             store_lanes(call.mean, row, count, mean)
@@ -2420,16 +2420,17 @@ def rows_of_few_forward(call, first, last):
         high = narrowed(mean)
         form = high, narrowed(rstd), narrowed(zero - (mean - widened(high)) * rstd)
         rows = transposed((
-            _y_of_column(own, 0, like, columns, *form),
-            _y_of_column(own, 1, like, columns, *form),
-            _y_of_column(own, 2, like, columns, *form),
-            _y_of_column(own, 3, like, columns, *form),
-            _y_of_column(own, 4, like, columns, *form),
-            _y_of_column(own, 5, like, columns, *form),
-            _y_of_column(own, 6, like, columns, *form),
-            _y_of_column(own, 7, like, columns, *form),
+            _y_of_column(wide, 0, like, columns, *form),
+            _y_of_column(wide, 1, like, columns, *form),
+            _y_of_column(wide, 2, like, columns, *form),
+            _y_of_column(wide, 3, like, columns, *form),
+            _y_of_column(wide, 4, like, columns, *form),
+            _y_of_column(wide, 5, like, columns, *form),
+            _y_of_column(wide, 6, like, columns, *form),
+            _y_of_column(wide, 7, like, columns, *form),
         ))  # fmt: skip
         _store_eight(y, at, size, count, rows)
+        row += count
 
 
 # ----------------------------------------------------------------------------------- rows: backward
@@ -2933,7 +2934,7 @@ def _clear_grads(dgamma, dbeta, count):
 def _keep_grads(call, block, skipped, dgamma, dbeta, count):
     """Let dgamma and dbeta of some rows enter a block's share of them, or be all of them."""
     if given(call.sums):
-        share = (2 * block * call.axes[4]) + skipped
+        share = 2 * block * call.axes[4] + skipped
         _add(call.sums, share, dgamma, 0, count)
         _add(call.sums, share + call.axes[4], dbeta, 0, count)
     else:
@@ -3972,7 +3973,7 @@ def _add_every(total, sums, at, step, count):
 
 
 class Family(NamedTuple):
-    """The kernels of one family, by what a task is and does; four of forward, three of backward."""
+    """The kernels of one family, by what a task is and does."""
 
     sums: Any  #: of a part, forward
     finish: Any  #: statistics, from those
@@ -3981,15 +3982,17 @@ class Family(NamedTuple):
     grad_sums: Any  #: of a part, backward
     grads: Any  #: dx of a piece, from those
     backward: Any  #: all of it of one unit
-    otherwise: Any = None  #: what does what `forward` leaves
+    otherwise: Any = None  #: that of forward for all that `forward` leaves, or cannot do
 
 
+FORWARD = "sums", "finish", "apply", "forward"
+BACKWARD = "grad_sums", "grads", "backward"
 ROWS = Family(
     rows_sums, rows_finish, rows_apply, rows_forward, rows_grad_sums, rows_grads, rows_backward
 )
 #: rows that are whole groups, of at most `FEW` elements with a parameter each, not of float64,
 ROWS_OF_FEW = ROWS._replace(forward=rows_of_few_forward, otherwise=rows_forward)
-#: those of more,
+#: those of so many that sums take one row at a time,
 USUAL_ROWS = ROWS_OF_FEW._replace(forward=rows_usual_forward)
 #: and those with one parameter for all
 ALIKE_ROWS = ROWS_OF_FEW._replace(forward=rows_alike_forward)
@@ -4083,7 +4086,7 @@ class Compiled:
         call = Call(kind, x, dy)
         signature = types.void(call, types.int64, types.int64)
         self._function = cfunc(signature, cache=True, **_ERRORS)(kernel)
-        self.address = self._function.address
+        self.address = cast(int, self._function.address)
         self._call = types.Tuple(
             [Pointer() if isinstance(f, Pointer) else f for f in call.tuple.types]
         )
@@ -4103,31 +4106,33 @@ class Link:
     """Where a kernel finds another that it rarely needs, as a dynamic linker's table has it: the
     first call is one of Python, which compiles that kernel and puts its address there.
 
-    Nothing can be raised through a kernel: what goes wrong is among `failures`.
+    Nothing can be raised through a kernel: what is raised is left for `Pool.run`.
     """
 
     def __init__(self, *kernel: Any) -> None:
         self._kernel = kernel
+        self._compiled: Compiled | None = None
         self._first = _C_KERNEL(self._compile_and_run)
         self._place = ctypes.cast(self._first, ctypes.c_void_p)
         self.address = ctypes.addressof(self._place)
 
     def _compile_and_run(self, call: int, first: int, last: int) -> None:
-        interrupted, address = False, None
-        while address is None:
-            try:
-                address = self._place.value = compiled(*self._kernel).address
-            except KeyboardInterrupt:  # is to be raised when the work is done
-                interrupted = True
-            except Exception as error:
-                failures.append(error)
-                return
-        _C_KERNEL(address)(call, first, last)
-        if interrupted:
-            interrupt_main()
+        try:
+            with global_compiler_lock:  # once, if several threads come here together
+                if self._compiled is None:
+                    self._compiled = compiled(*self._kernel)
+                    self._place.value = self._compiled.address
+            _C_KERNEL(self._compiled.address)(call, first, last)
+        except BaseException as error:
+            failure[0] = error
 
 
-link = cache(Link)
+_links: dict[tuple[Any, ...], Link] = {}
+
+
+def link(*kernel: Any) -> Link:
+    """The link to a kernel, of which there is one: others keep but its address."""
+    return _links.get(kernel) or _links.setdefault(kernel, Link(*kernel))
 
 
 @cache

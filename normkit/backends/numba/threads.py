@@ -32,7 +32,7 @@ _WAKES = 1 << 19  #: elements of work that are worth waking them, which takes 30
 _BUSY = 8  #: calls that follow each other, more than any norm makes, after which more are expected
 
 _starting = threading.Lock()
-failures: list[Exception] = []  #: to compile what a kernel called, which then did not do its work
+failure: list[BaseException | None] = [None]  #: the last of what a kernel called and cannot raise
 
 
 @cache
@@ -82,12 +82,13 @@ class Pool:
 
     def run(self, kernel: Any, call: tuple[Any, ...], tasks: int, elements: int) -> None:
         """Run all tasks of a compiled kernel, which work on so many elements."""
+        before = failure[0]
         if tasks == 1 or not self._may_share(elements):
             kernel.run(kernel.address, call, tasks)
         else:
             self._share(kernel, call, tasks, elements)
-        if failures:
-            raise RuntimeError("a kernel of normkit's could not be compiled") from failures[0]
+        if failure[0] is not before:  # this call's, or that of one beside it, which fails as well
+            raise failure[0]  # type: ignore[misc]
 
     def _share(self, kernel: Any, call: tuple[Any, ...], tasks: int, elements: int) -> None:
         """The same on several threads, if that pays."""
