@@ -8,6 +8,9 @@ them serve all axes (k0, r0, k1, r1), by what is contiguous:
 rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
 columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
 
+Of rows, some kernels do only what is usual, and leave what is not to the one for all rows, which is
+compiled when that is met.
+
 Sums are float64. float32 and the half types, whose squares float64 holds exactly, take one pass:
 the variance is the mean square less the squared mean, which loses to rounding at most 2**-30 of
 itself where the mean is below 1000 standard deviations. A group whose mean is above, and all
