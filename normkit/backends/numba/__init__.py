@@ -76,7 +76,11 @@ class Work:
     @cached_property
     def general(self) -> Any:
         """that which also serves without a result, or with running statistics,"""
-        return self.compiled(self.family.otherwise or self.family.forward)
+        return self.compiled(self.family.general)
+
+    def whole(self, update: Update | None) -> Any:
+        """either of them,"""
+        return self.forward if update is None else self.general
 
     @cached_property
     def apply(self) -> Any:
@@ -88,14 +92,23 @@ class Work:
         return k.compiled(kernel, k.Forward, self.dtype, "")
 
     @cached_property
-    def otherwise(self) -> int:
-        """Where the forward kernel finds the one for what it leaves."""
-        kernel = self.family.otherwise
-        return k.link(kernel, k.Forward, self.dtype, "").address if kernel else 0
+    def links(self) -> int:
+        """Where those kernels find the ones that they leave work to,"""
+        kernels = self.family.left_forward
+        return k.links(*[(kernel, k.Forward, self.dtype, "") for kernel in kernels]).address
+
+    @cached_property
+    def links_backward(self) -> dict[str, int]:
+        """and where the backward ones do, by the dtype of dy."""
+        kernels = self.family.left_backward
+        return {
+            dy: k.links(*[(kernel, k.Backward, self.dtype, dy) for kernel in kernels]).address
+            for dy in (self.dtype, self.real.name)
+        }
 
     def numbers(self, eps: float | None, center: bool, parts: int, again: int = 0) -> Any:
         """What the kernels take after the running statistics."""
-        return self.axes, self.otherwise, eps or 0.0, center, again, parts
+        return self.axes, self.links, eps or 0.0, center, again, parts
 
     def scarce(self, pool: Pool) -> bool:
         """Whether the parts of a unit should be shared by threads, for want of units."""
@@ -295,8 +308,7 @@ class Numba(Backend):
             x, y, gamma, beta, *stats, None, *_running(update, eps, kinds),
             *work.numbers(eps, center, work.parts),
         )  # fmt: skip
-        kernel = work.forward if update is None else work.general
-        self._pool.run(kernel, call, work.units, work.elements)
+        self._pool.run(work.whole(update), call, work.units, work.elements)
         return stats
 
     def infer(
@@ -333,11 +345,10 @@ class Numba(Backend):
         *as_read, kinds = _params(gamma, beta, work)
         direct = all(p is None or p is read for p, read in zip((gamma, beta), as_read, strict=True))
         run, elements, corrects = self._pool.run, work.elements, _corrects(update)
-        kernel, parts, tasks = work.forward, work.parts, work.units
         if frozen:
             kernel, parts, tasks = work.apply, work.blocks, work.windows
-        elif update is not None:
-            kernel = work.general
+        else:
+            kernel, parts, tasks = work.whole(update), work.parts, work.units
         numbers = _running(update, eps, kinds)[2:]
         numbers += work.numbers(eps, center, parts)
 
@@ -425,6 +436,7 @@ class Numba(Backend):
         gamma, narrow = _param(gamma, 1.0, work)
         kinds = k.NARROW_GAMMA * narrow
         dy_name = _name(dy.dtype)
+        links = work.links_backward[dy_name]
 
         def run(
             kernel: Any,
@@ -436,7 +448,7 @@ class Numba(Backend):
             of_part: bool = False,
         ) -> None:
             arrays = (dy, x, dx, gamma, stats.mean, stats.residual, stats.rstd, partial, sums)
-            numbers = (kinds, work.axes, center, frozen, of_part, parts, rows)
+            numbers = (kinds, work.axes, links, center, frozen, of_part, parts, rows)
             compiled = k.compiled(kernel, k.Backward, work.dtype, dy_name)
             self._pool.run(compiled, arrays + grads + numbers, tasks, work.elements)
 
@@ -452,14 +464,17 @@ class Numba(Backend):
             space = k.grads_space.py_func(chunk)
             # With lines to spare; a thread uses, and so has pages for, its first task's only.
             grads = np.empty(2 * tasks * space + 64, work.real)
+            usual = work.real != np.float64 and not k.are_few.py_func(work.axes, frozen)
+            kernel = k.rows_usual_backward_params if usual else k.rows_backward_params
             if 0 < k0 <= min(rows, k.ROW_BLOCK) and work.as_given and {*affine} == {work.real}:
                 found = np.empty(params, work.real), np.empty(params, work.real)
-                run(k.rows_backward_params, tasks, partial, None, (grads, *found), rows)
+                run(kernel, tasks, partial, None, (grads, *found), rows)
                 return found
             shares = np.empty((-(-k0 // rows), 2, params))
-            run(k.rows_backward_params, tasks, partial, shares, (grads, None, None), rows)
+            run(kernel, tasks, partial, shares, (grads, None, None), rows)
             return self._fold_shares(shares, work, affine)
         by_column = not work.rows and k1 * r1 % (params * span) == 0
+        apart = not (work.rows or by_column)  # rows of columns with parameters of their own
         sums: Array | None = None
         if affine and work.rows and span > 1:
             pieces = -(-min(r1, span) // k.CHUNK) * max(1, span // r1)
@@ -473,9 +488,10 @@ class Numba(Backend):
             if needs_sums:
                 partial = work.partial()
                 run(family.grad_sums, work.sum_tasks, partial, sums)
-            run(family.grads, work.stretches, partial, sums, of_part=True)
+            kernel = family.grads_any if (work.rows and r0 == 1) or apart else family.grads
+            run(kernel, work.stretches, partial, sums, of_part=True)
         else:
-            run(family.backward, units, None, sums)
+            run(family.grads_any if apart else family.backward, units, None, sums)
         if not affine:
             return None
         if sums is None and work.rows and span == 1:
@@ -530,7 +546,7 @@ class Numba(Backend):
         if operation not in ("normalize", "infer"):
             if by_parts:
                 found.append(step(family.sums, "sums", work.sum_tasks, "part"))
-            kernel = family.finish if by_parts else family.otherwise or family.forward
+            kernel = family.finish if by_parts else family.general
             found.append(step(kernel, "statistics", work.units, unit))
             if by_parts and work.real == np.float64 and options["center"]:
                 found *= 2  # about an element, then about the mean
@@ -544,11 +560,11 @@ class Numba(Backend):
     def kernels(self, dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         real = "float64" if dtype == "float64" else "float32"
         families = (k.ROWS, k.COLUMNS) if dtype == "float64" else k.FAMILIES
-        forward, backward = (
-            dict.fromkeys(getattr(family, field) for family in families for field in fields)
-            for fields in (k.FORWARD, k.BACKWARD)
-        )
-        backward |= dict.fromkeys((k.rows_backward_params, k.param_sums, k.slab_params))
+        forward = dict.fromkeys(kernel for family in families for kernel in family.every_forward)
+        backward = dict.fromkeys(kernel for family in families for kernel in family.every_backward)
+        backward |= dict.fromkeys((k.param_sums, k.slab_params))
+        if dtype != "float64":
+            backward |= dict.fromkeys((k.rows_usual_backward_params,))
         needed: list[tuple[Any, ...]] = [(kernel, k.Forward, dtype, "") for kernel in forward]
         needed += product(backward, [k.Backward], [dtype], dict.fromkeys([dtype, real]))
         needed += [(k.fold, k.Fold, of_params, "") for of_params in k.DTYPES]

@@ -8,8 +8,7 @@ them serve all axes (k0, r0, k1, r1), by what is contiguous:
 rows     r1 is long: a group is r0 stretches of r1 elements, summed along memory.
 columns  r1 is short: r0 rows of k1*r1 columns, summed down the columns, r1 of which are a group.
 
-Of rows, some kernels do only what is usual, and leave what is not to the one for all rows, which is
-compiled when that is met.
+Kernels do what is usual. What is not they leave to others, which are compiled when it is met.
 
 Sums are float64. float32 and the half types, whose squares float64 holds exactly, take one pass:
 the variance is the mean square less the squared mean, which loses to rounding at most 2**-30 of
@@ -29,7 +28,7 @@ import ctypes
 import operator
 from collections import namedtuple
 from collections.abc import Collection
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -868,6 +867,16 @@ def given(typing: Any, pointer: Any) -> Any:
 
 
 @intrinsic
+def nothing_like(typing: Any, pointer: Any) -> Any:
+    """NULL, of a pointer's type."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(_BYTE, None)
+
+    return pointer(pointer), generate
+
+
+@intrinsic
 def address_of(typing: Any, value: Any) -> Any:
     """Address of a copy of `value` on the stack, as an int."""
 
@@ -881,25 +890,30 @@ def address_of(typing: Any, value: Any) -> Any:
 _KERNEL = ir.FunctionType(ir.VoidType(), [_BYTE, ir.IntType(64), ir.IntType(64)]).as_pointer()
 
 
+def _call_kernel(builder: Any, address: Any, call: Any, first: Any, last: Any) -> None:
+    kernel = builder.inttoptr(address, _KERNEL)
+    builder.call(kernel, [call, first, last])
+
+
 @intrinsic
 def call_at(typing: Any, function: Any, call: Any, first: Any, last: Any) -> Any:
     """Run the kernel at address `function`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kernel = builder.inttoptr(args[0], _KERNEL)
-        builder.call(kernel, [builder.inttoptr(args[1], _BYTE), args[2], args[3]])
+        _call_kernel(builder, args[0], builder.inttoptr(args[1], _BYTE), *args[2:])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
 
 
 @intrinsic
-def leave(typing: Any, link: Any, call: Any, first: Any, last: Any) -> Any:
-    """Let the kernel that a `Link` finds do tasks first..last of a call."""
+def leave(typing: Any, index: Any, call: Any, first: Any, last: Any) -> Any:
+    """Let the kernel that `Links` at call.links have at `index` do tasks first..last of a call."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kernel = builder.load(builder.inttoptr(args[0], _KERNEL.as_pointer()))
-        builder.call(kernel, [builder.bitcast(args[1], _BYTE), args[2], args[3]])
+        links = _field(context, builder, call, args[1], "links")
+        cells = builder.inttoptr(links, ir.IntType(64).as_pointer())
+        _call_kernel(builder, builder.load(builder.gep(cells, [args[0]])), *args[1:])
         return context.get_dummy_value()
 
     return types.void(types.int64, call, types.int64, types.int64), generate
@@ -1065,18 +1079,23 @@ ROW_MOST = 1 << 14  #: elements of a row whose sums and gradients are made at on
 ROW_BLOCK = 16  #: rows summed in the arithmetic type before they enter a float64 sum
 FEW_BLOCK = 128  #: the same of rows of few elements, by lanes: sixteen in each
 
-#: `otherwise`: where the kernel called finds one for what it leaves: the address of a `Link`
+#: `links`: address of the `Links` to what the kernel called leaves to others; `round`: of float64's
+#: sums, but columns_apply_any gives the result in rows round..parts
 Forward = namedtuple(
     "Forward",
     "x y gamma beta mean rstd var residual r d partial running_mean running_spread kinds factor "
-    "momentum clip axes otherwise eps center round parts",
+    "momentum clip axes links eps center round parts",
 )
-#: `of_part`: whether a task of columns_backward is a part of a slab
+#: places of a family's kernels in them: `Family.left_forward`
+ANY, EXACT, GENERAL = range(3)
+#: `of_part`: whether a task of columns_backward is a part of a slab; `links` as above, of
+#: `Family.left_backward`, the second of which is
 Backward = namedtuple(
     "Backward",
-    "dy x dx gamma mean residual rstd partial sums grads dgamma dbeta kinds axes center frozen "
-    "of_part parts rows",
+    "dy x dx gamma mean residual rstd partial sums grads dgamma dbeta kinds axes links center "
+    "frozen of_part parts rows",
 )
+PARAMS = 1
 Fold = namedtuple(
     "Fold",
     "sums dgamma dbeta outer tile params inner per_outer per_tile per_param per_inner per_kind",
@@ -1109,8 +1128,11 @@ def _own_param(call, param, kind, buffer):
 
 @inline
 def _with_gamma(call, buffer):
-    """The call, a copy, with its gamma as `_own_param`."""
+    """The call, a copy, with its gamma as `_own_param`, and no more of a kind that must become so:
+    beta comes first.
+    """
     put(call, "gamma", _own_param(call, call.gamma, NARROW_GAMMA, buffer))
+    put(call, "kinds", call.kinds & ~(NARROW_GAMMA | NARROW_BETA))
     return call
 
 
@@ -1755,6 +1777,55 @@ def _exact_moments(call, group):
     return mean / before, residual / before, var / scale / scale, rstd
 
 
+def exact_moments(call, first, last):
+    """Moments of groups that one pass did not serve, to call.mean and so on: a task is a group."""
+    for group in range(first, last):
+        mean, residual, var, rstd = _exact_moments(call, group)
+        store(call.mean, group, mean)
+        store(call.residual, group, residual if is_float64(call.x) else 0.0)  # nobody keeps it
+        store(call.var, group, var)
+        store(call.rstd, group, rstd)
+
+
+@inline
+def _with_moments(call, group, mean, residual, rstd):
+    """The call, a copy, with tables of moments, whose first is of `group`."""
+    put(call, "mean", moved(mean, -group))
+    put(call, "residual", moved(residual, -group))
+    put(call, "rstd", moved(rstd, -group))
+    return call
+
+
+@plain
+def _leave_moments(call, group, i, mean, residual, var, rstd):
+    """Let the moments of the i-th group from `group` on be exact."""
+    exact = _with_moments(copied(call), group, mean, residual, rstd)
+    put(exact, "var", moved(var, -group))
+    leave(EXACT, exact, group + i, group + i + 1)
+
+
+@inline
+def _given_moments(call, group, mean, residual, rstd):
+    """The same for the result: all that was to enter the moments, or running ones, has."""
+    put(call, "running_mean", nothing_like(call.running_mean))
+    put(call, "r", nothing_like(call.r))
+    put(call, "parts", np.int64(1))
+    return _with_moments(call, group, mean, residual, rstd)
+
+
+@plain
+def _leave_groups(call, begin, groups):
+    """Let any result's kernel take all stretches of groups, whose statistics, or sums, it has."""
+    k0, r0, k1, r1, params, span = call.axes
+    if r0 == 1:
+        leave(ANY, call, begin, begin + groups)
+        return
+    for group in range(begin, begin + groups):
+        first = _origin(call.axes, group) // r1
+        for task in range(first, first + r0 * k1, k1):
+            leave(ANY, call, task, task + 1)
+
+
 @elementwise
 def _blend(old, first, new, factor, momentum, count):
     """Let `count` new statistics enter running ones, those from `first` on."""
@@ -1897,11 +1968,7 @@ def _finish(call, group, groups, last, shift, sums, mean, residual, var, rstd):
             delta = (load(mean, i) - load(shift, i)) + load(residual, i)
             good = v > 2.0**-900 if is_float64(x) else _is_good(delta, v)
             if not (good and np.isfinite(q)):
-                m, e, v, r = _exact_moments(call, group + i)
-                store(mean, i, m)
-                store(residual, i, e if is_float64(x) else 0.0)  # nobody keeps it
-                store(var, i, v)
-                store(rstd, i, r)
+                _leave_moments(call, group, i, mean, residual, var, rstd)
     _keep_moments(call, group, groups, mean, var, rstd)
     if given(call.residual):
         _copy_to(call.residual, group, residual, groups)
@@ -2060,17 +2127,13 @@ def _formulas(call, group, groups, run, moments, of_runs, table):
 def _apply_groups(call, run, first, size, stride, count, i, step, ahead, streams, table):
     """y of `count` stretches of `size` elements, by the `_formulas` of every `step`-th group."""
     x, y, params = call.x, call.y, call.axes[4]
+    place = first, size, stride, count, i, step, ahead, streams
     if run >= per_line(x) and step and stride == size:
         _apply_runs(x, y, first, size, run, count, i, ahead, streams, table)
     elif run:
-        _apply_each(
-            x, y, None, None, params, first, size, stride, count, i, step, ahead, streams, table
-        )
+        _apply_each(x, y, None, None, params, *place, table)
     else:
-        _apply_each(
-            x, y, call.gamma, call.beta, params, first, size, stride, count, i, step, ahead,
-            streams, table,
-        )  # fmt: skip
+        _apply_each(x, y, call.gamma, call.beta, params, *place, table)
 
 
 @plain
@@ -2082,26 +2145,39 @@ def _apply_runs(x, y, first, size, run, count, i, ahead, streams, table):
     )
 
 
-@plain
-def _apply_each(
-    x, y, gamma, beta, params, first, size, stride, count, i, step, ahead, streams, table
+@inline  # LLVM would keep `make`, an address of this process
+def _store_each(
+    to, make, dy, x, gamma, beta, params, first, size, stride, count, i, step, ahead, streams, table
 ):
-    """The same, each stretch by itself, with gamma and beta if their elements have one each."""
-    high, scale, shift = table
+    """Let each of some stretches be what ``make`` gives by the numbers of tables at i, i + step and
+    so on, and by gamma and beta if their elements have one each.
+    """
     index, hop = (0, 0) if gamma is None else (first % params, stride % params)
-    one = real(x, 1.0)
-    like = lanes(x, one)
+    like = lanes(x, real(x, 1.0))
     if streams:
-        ahead = _to_rest(size, y)
+        ahead = _to_rest(size, to)
     for _ in range(count):
-        what = 0, None, x, gamma, beta, index - first
-        form = one, load(high, i), load(scale, i), load(shift, i)
-        _store_lines(y, _y_of, like, first, first + size, ahead, streams, *what, *form)
+        form = lanes_of_each(table, i, like)
+        at, end, param = first, first + size, index
+        while at < end:
+            last = end if gamma is None else min(end, at + params - param)
+            what = 0, dy, x, gamma, beta, param - at, None, *form
+            _store_lines(to, make, like, at, last, ahead, streams, *what)
+            at, param = last, 0
         first += stride
         i += step
         index += hop
         if index >= params:
             index -= params
+
+
+@plain
+def _apply_each(
+    x, y, gamma, beta, params, first, size, stride, count, i, step, ahead, streams, table
+):
+    """y of stretches, each by itself."""
+    place = first, size, stride, count, i, step, ahead, streams
+    _store_each(y, _y_of, None, x, gamma, beta, params, *place, table)
 
 
 @inline
@@ -2141,18 +2217,6 @@ def _store_stretch(
         index, end_of_run = _next_parameter(axes, index, end_of_run, first, last)
         first = last
     return index, end_of_run
-
-
-@plain
-def _apply_stretch(call, first, end, index, end_of_run, mean, residual, rstd, ahead, streams):
-    """y of a stretch."""
-    x, axes, arrays = call.x, call.axes, (call.y, None, call.x, call.gamma, call.beta)
-    factor, high, low, scaled = _centre(x, mean, residual, rstd)
-    wide = is_float64(x) or _extreme(rstd)
-    _store_stretch(
-        arrays, _y_of, axes, first, end, index, end_of_run, ahead, streams, wide, low, factor, high,
-        scaled, (), (), 0.0
-    )  # fmt: skip
 
 
 @inline
@@ -2202,11 +2266,8 @@ def rows_finish(call, first, last):
 
 @inline
 def _is_uniform(axes, run):
-    """Whether `_formulas` serve: of runs, or where elements with a parameter each follow each
-    other.
-    """
-    k0, r0, k1, r1, params, span = axes
-    return run > 0 or (span == 1 and params % r1 == 0)
+    """Whether `_formulas` serve: of runs, or where elements have a parameter each."""
+    return run > 0 or axes[5] == 1
 
 
 def rows_apply(call, first, last):
@@ -2219,6 +2280,9 @@ def rows_apply(call, first, last):
     of_runs = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     run, step = _run(x, axes, parts == 1), np.int64(1)  # for a literal, all would be compiled again
+    if not _is_uniform(axes, run):
+        leave(ANY, call, first, last)
+        return
     streams = _streams_rows(call.y, PASSES_APPLY, axes, run >= per_line(x))
     ahead = _ahead_of_stretch(x, axes)
     most = min(SLAB, KNOWN * run // r1) if run else SLAB
@@ -2235,25 +2299,52 @@ def rows_apply(call, first, last):
             else:
                 begin, stop = group, min(group + KNOWN, group + last - task)
             _given_groups(call, begin, stop - begin, mean, residual, rstd)
-            quick = _is_uniform(axes, run) and not _formulas(
+            quick = not _formulas(
                 call, begin, stop - begin, run, (mean, residual, rstd), of_runs, table
             )
         i, count = group - begin, 1
         size = _end_of_stretch(axes, parts, group, place, at) - at
+        if parts == 1 or r0 > 1:
+            count = min(stop - group, last - task)
         if quick:
-            if parts == 1 or r0 > 1:
-                count = min(stop - group, last - task)
             _apply_groups(call, run, at, size, size, count, i, step, ahead, streams, table)
         else:
-            index, end_of_run = _parameter(axes, at)
-            m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-            _apply_stretch(call, at, at + size, index, end_of_run, m, e, r, ahead, streams)
+            leave(ANY, call, task, task + count)
         task += count
         at += count * size
         skipped = count - 1
         group, place, row = _next_stretch(
             axes, parts, group + skipped, place + (skipped if r0 > 1 else 0), row
         )
+
+
+def rows_apply_any(call, first, last):
+    """The same of any stretches, each by itself: those that take float64, or whose parameters are
+    in no order.
+    """
+    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
+    call = _with_params(copied(call), *buffers)
+    mean, residual, rstd = scratch(0.0, FEW), scratch(0.0, FEW), scratch(0.0, FEW)
+    x, axes, parts, known = call.x, call.axes, call.parts, -1
+    arrays = call.y, None, x, call.gamma, call.beta
+    streams = _streams_rows(call.y, PASSES_APPLY, axes, False)
+    ahead = _ahead_of_stretch(x, axes)
+    group, place, row, at = _find_stretch(axes, parts, first)
+    index, end_of_run = _parameter(axes, at)
+    for _ in range(first, last):
+        if group != known:
+            known = group
+            _given_groups(call, group, 1, mean, residual, rstd)
+        end = _end_of_stretch(axes, parts, group, place, at)
+        m, e, r = load(mean, 0), load(residual, 0), load(rstd, 0)
+        factor, high, low, scaled = _centre(x, m, e, r)
+        wide = is_float64(x) or _extreme(r)
+        index, end_of_run = _store_stretch(
+            arrays, _y_of, axes, at, end, index, end_of_run, ahead, streams, wide, low, factor,
+            high, scaled, (), (), 0.0
+        )  # fmt: skip
+        group, place, row = _next_stretch(axes, parts, group, place, row)
+        at = end
 
 
 @inline
@@ -2278,6 +2369,12 @@ def _sums_of_groups(call, begin, groups, shift, sums, ahead):
             store(sums, SLAB + i, q)
 
 
+@plain
+def _leave_rows(call, begin, groups, mean, residual, rstd):
+    """Let y of groups be given by tables of their moments."""
+    _leave_groups(_given_moments(copied(call), begin, mean, residual, rstd), begin, groups)
+
+
 def rows_forward(call, first, last):
     """Statistics and, if there is a y, the result: a task is a group."""
     buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
@@ -2290,7 +2387,7 @@ def rows_forward(call, first, last):
     table = scratch(zero, KNOWN), scratch(zero, KNOWN), scratch(zero, KNOWN)
     run = _run(x, axes, True)
     streams = _streams_rows(call.y, _passes(axes), axes, run >= per_line(x) and r0 == 1)
-    fixed, later, rounds = _by_column(axes), _ahead_of_result(x, axes), _rounds(call)
+    later, rounds, uniform = _ahead_of_result(x, axes), _rounds(call), _is_uniform(axes, run)
     none, step = np.int64(0), np.int64(1)  # for literals, functions would be compiled once more
     ahead = _ahead_of_short_rows(x, axes)
     block = _block(axes)
@@ -2304,33 +2401,25 @@ def rows_forward(call, first, last):
             _finish(call, begin, groups, final, shift, sums, mean, residual, var, rstd)
         if not given(call.y):
             continue
-        at = _origin(axes, begin)
-        quick = _is_uniform(axes, run) and not _formulas(
+        if not uniform or _formulas(
             call, begin, groups, run, (mean, residual, rstd), of_runs, table
-        )
-        if quick and r0 == 1:
+        ):
+            _leave_rows(call, begin, groups, mean, residual, rstd)
+        elif r0 == 1:
+            at = begin * r1
             _apply_groups(call, run, at, r1, r1, groups, none, step, none, streams, table)
-            continue
-        for i in range(groups):
-            at = _origin(axes, begin + i)
-            if quick:
+        else:
+            for i in range(groups):
+                at = _origin(axes, begin + i)
                 _apply_groups(call, run, at, r1, k1 * r1, r0, i, none, later, streams, table)
-                continue
-            m, e, r = load(mean, i), load(residual, i), load(rstd, i)
-            for row in range(r0):
-                if row == 0 or not fixed:
-                    index, end_of_run = _parameter(axes, at)
-                _apply_stretch(call, at, at + r1, index, end_of_run, m, e, r, later, streams)
-                at += k1 * r1
-                end_of_run += k1 * r1
 
 
 # What is usual, by kernels that take a third of the time to compile. What is not they leave, with
 # more that follows it: the other kernel has to prepare for every call.
 @inline
-def _usual_rows(given_call, gamma, beta, call, first, last):
+def _usual_rows(call, gamma, beta, first, last):
     """`rows_forward` of rows, not of float64, whose elements have gamma and beta each, or share
-    one if those are None; unusual ones are left with the call that was given.
+    one if those are None; unusual ones are left.
     """
     x, y, axes, zero = call.x, call.y, call.axes, real(call.x, 0.0)
     k0, r0, k1, r1, params, span = axes
@@ -2361,27 +2450,25 @@ def _usual_rows(given_call, gamma, beta, call, first, last):
         _fill(table[2], 0, groups, lift)
         if unusual + _set_formulas(x, groups, mean, residual, rstd, *table):
             groups = min(SLAB, last - begin)
-            leave(call.otherwise, given_call, begin, begin + groups)
+            leave(GENERAL, call, begin, begin + groups)
         else:
             _keep_moments(call, begin, groups, mean, var, rstd)
-            _apply_each(
-                x, y, gamma, beta, params, at, r1, r1, groups, none, step, none, streams, table
-            )
+            place = at, r1, r1, groups, none, step, none, streams
+            _apply_each(x, y, gamma, beta, params, *place, table)
         begin += groups
 
 
 def rows_usual_forward(call, first, last):
     """Statistics and result of usual rows with a parameter for each element, not of float64."""
     buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
-    wide = _with_params(copied(call), *buffers)
-    _usual_rows(call, wide.gamma, wide.beta, wide, first, last)
+    call = _with_params(copied(call), *buffers)
+    _usual_rows(call, call.gamma, call.beta, first, last)
 
 
 def rows_alike_forward(call, first, last):
     """The same of rows with one parameter for all elements."""
     buffers = scratch_for_halves(call.x, FEW), scratch_for_halves(call.x, FEW)
-    wide = _with_params(copied(call), *buffers)
-    _usual_rows(call, None, None, wide, first, last)
+    _usual_rows(_with_params(copied(call), *buffers), None, None, first, last)
 
 
 @elementwise
@@ -2394,7 +2481,7 @@ def _y_of_column(call, k, like, columns, *form):
 def rows_of_few_forward(call, first, last):
     """The same of rows of few elements with a parameter each, eight rows at a time, by columns."""
     buffers = scratch_for_halves(call.x, FEW), scratch_for_halves(call.x, FEW)
-    wide = _with_params(copied(call), *buffers)
+    call = _with_params(copied(call), *buffers)
     x, y, size = call.x, call.y, call.axes[3]
     ahead = _ahead_of_short_rows(x, call.axes)
     like, zero = lanes_of_few(x, np.float32(0.0)), lanes_of_few(x, 0.0)
@@ -2412,7 +2499,7 @@ def rows_of_few_forward(call, first, last):
         rstd = one / root(var + call.eps)
         if beyond(rstd, WIDE, count) + above(square, var * GOOD, count):
             count = min(SLAB, last - row)
-            leave(call.otherwise, call, row, row + count)
+            leave(GENERAL, call, row, row + count)
             row += count
             continue
         if given(call.mean):
@@ -2423,14 +2510,14 @@ def rows_of_few_forward(call, first, last):
         high = narrowed(mean)
         form = high, narrowed(rstd), narrowed(zero - (mean - widened(high)) * rstd)
         rows = transposed((
-            _y_of_column(wide, 0, like, columns, *form),
-            _y_of_column(wide, 1, like, columns, *form),
-            _y_of_column(wide, 2, like, columns, *form),
-            _y_of_column(wide, 3, like, columns, *form),
-            _y_of_column(wide, 4, like, columns, *form),
-            _y_of_column(wide, 5, like, columns, *form),
-            _y_of_column(wide, 6, like, columns, *form),
-            _y_of_column(wide, 7, like, columns, *form),
+            _y_of_column(call, 0, like, columns, *form),
+            _y_of_column(call, 1, like, columns, *form),
+            _y_of_column(call, 2, like, columns, *form),
+            _y_of_column(call, 3, like, columns, *form),
+            _y_of_column(call, 4, like, columns, *form),
+            _y_of_column(call, 5, like, columns, *form),
+            _y_of_column(call, 6, like, columns, *form),
+            _y_of_column(call, 7, like, columns, *form),
         ))  # fmt: skip
         _store_eight(y, at, size, count, rows)
         row += count
@@ -2671,21 +2758,6 @@ def _line(call, s, p, low, rstd):
     return slope, minus(rstd * (s * share) if call.center else zero, slope * low)
 
 
-@inline
-def _apply_grad_stretch(
-    call, first, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
-):
-    """dx of a stretch; `_parameter` of the next."""
-    x, axes, arrays = call.x, call.axes, (call.dx, call.dy, call.x, call.gamma, None)
-    factor, high, low, scaled = _centre(x, mean, residual, rstd)
-    slope, shift = _line(call, s, p, low, scaled)
-    wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
-    return _store_stretch(
-        arrays, _dx_of, axes, first, end, index, end_of_run, ahead, streams, wide, None, factor,
-        high, scaled, (slope,), (np.float32(slope),), shift
-    )  # fmt: skip
-
-
 @elementwise
 def _grad_formulas(call, count, centre, s, p, high, scale, slope, shift):
     """Let dx of `count` runs, whose gamma is `scale`, be what `_dx_of` gives by the numbers of the
@@ -2735,14 +2807,7 @@ def _apply_grads_in_order(call, first, last, streams):
             _run_params(axes, row * k1 * r1, r1, k1, call.gamma, table[1])
             wide = _grad_formulas(call, k1, centre, of_s, of_p, *table)
         if wide:
-            for i in range(place, place + count):
-                index, end_of_run = _parameter(axes, at)
-                mean, residual, rstd = _saved(call, group + i)
-                s, p = load(of_s, i), load(of_p, i)
-                _apply_grad_stretch(
-                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
-                )  # fmt: skip
-                at += r1
+            leave(ANY, call, task, task + count)
         else:
             _store_runs(call.dx, _dx_of, at, r1, count, ahead, streams, call.dy, x, table, place)
         task += count
@@ -2768,13 +2833,21 @@ def rows_grad_sums_across(call, first, last):
 def rows_grads(call, first, last):
     """dx of groups whose parts were summed: a task is a stretch of memory."""
     call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
-    x, axes, parts = call.x, call.axes, call.parts
+    x, axes = call.x, call.axes
     k0, r0, k1, r1, params, span = axes
-    in_order = _run(x, axes, r0 > 1) >= per_line(x) and (r0 == 1 or k1 <= KNOWN)
-    streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, in_order)
-    if r0 > 1 and in_order:
+    if r0 > 1 and _run(x, axes, True) >= per_line(x) and k1 <= KNOWN:
+        streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, True)
         _apply_grads_in_order(call, first, last, streams)
-        return
+    else:
+        leave(ANY, call, first, last)
+
+
+def rows_grads_any(call, first, last):
+    """The same of any stretches, each by itself."""
+    call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
+    x, axes, parts, arrays = call.x, call.axes, call.parts, (call.dx, call.dy, call.x, call.gamma)
+    in_order = axes[1] == 1 and _run(x, axes, False) >= per_line(x)
+    streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, in_order)
     ahead = _ahead_of_stretch(x, axes)
     group, place, row, at = _find_stretch(axes, parts, first)
     index, end_of_run = _parameter(axes, at)
@@ -2783,12 +2856,28 @@ def rows_grads(call, first, last):
         if not call.frozen:
             s, p = _sums_of_parts(call, group)
         mean, residual, rstd = _saved(call, group)
+        factor, high, low, scaled = _centre(x, mean, residual, rstd)
+        slope, shift = _line(call, s, p, low, scaled)
+        wide = is_float64(x) or _extreme(rstd) or _unsafe(slope)
         end = _end_of_stretch(axes, parts, group, place, at)
-        index, end_of_run = _apply_grad_stretch(
-            call, at, end, index, end_of_run, mean, residual, rstd, s, p, ahead, streams
-        )
+        index, end_of_run = _store_stretch(
+            (*arrays, None), _dx_of, axes, at, end, index, end_of_run, ahead, streams, wide, None,
+            factor, high, scaled, (slope,), (np.float32(slope),), shift
+        )  # fmt: skip
         group, place, row = _next_stretch(axes, parts, group, place, row)
         at = end
+
+
+@plain
+def _leave_grads(call, begin, groups, runs, s, p):
+    """Let dx of groups be given by tables of their sums, in which each has `runs`."""
+    sums, rest = scratch(0.0, PAIR), copied(call)
+    for i in range(groups):
+        store(sums, 2 * i, load(s, i * runs))
+        store(sums, 2 * i + 1, load(p, i * runs))
+    put(rest, "partial", moved(sums, -2 * begin))
+    put(rest, "parts", np.int64(1))
+    _leave_groups(rest, begin, groups)
 
 
 def rows_backward(call, first, last):
@@ -2802,36 +2891,39 @@ def rows_backward(call, first, last):
     table_of_s, table_of_p = scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     centre = scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN), scratch(0.0, KNOWN)
     run = _run(x, axes, True)
-    quick = run >= per_line(x) and r0 == 1
+    uniform, quick = _is_uniform(axes, run), run >= per_line(x) and r0 == 1
     streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, quick)
     walk = _walk(call, not streams)
-    fixed, later, none = _by_column(axes), _ahead_of_result(x, axes), np.int64(0)
-    block, runs = (max(1, NEAR // r1), r1 // run) if quick else (1, 1)
+    later, none, one = _ahead_of_result(x, axes), np.int64(0), np.int64(1)
+    block, runs = min(SLAB, max(1, NEAR // r1)) if r0 == 1 else 1, r1 // run if quick else 1
     like, done = lanes(x, zero), first * r1  # what is stored of groups side by side, by `form`
     before = form = lanes_of_each(table, none, like)
     for begin in range(first, last, block):
-        groups = min(block, last - begin)
+        groups, at = min(block, last - begin), _origin(axes, begin)
         count = groups * runs
-        if quick:
-            _centre_runs(call, begin, groups, runs, *centre)
-            _run_params(axes, begin * r1, run, count, call.gamma, table[1])
+        _centre_runs(call, begin, groups, runs, *centre)
+        if run:
+            _run_params(axes, at, run, count, call.gamma, table[1])
+        else:
+            _fill(table[1], 0, count, 1.0)
         if quick and parts == 1 and run <= CHUNK:
-            _sums_of_runs(call, begin * r1, run, count, *centre, table[1], table_of_s, table_of_p)
+            _sums_of_runs(call, at, run, count, *centre, table[1], table_of_s, table_of_p)
             _fold_runs(table_of_s, groups, runs)
             _fold_runs(table_of_p, groups, runs)
             _expand(table_of_s, groups, runs)
             _expand(table_of_p, groups, runs)
             _multiply(count, table_of_p, centre[3])
         else:
-            s = p = 0.0
-            for part in range(parts):
-                ds, dp = _row_grads(call, begin, part, walk)
-                s += ds
-                p += dp
-            _fill(table_of_s, 0, runs, s)
-            _fill(table_of_p, 0, runs, p)
-        if quick and not _grad_formulas(call, count, centre, table_of_s, table_of_p, *table):
-            at = begin * r1
+            for i in range(groups):
+                s = p = 0.0
+                for part in range(parts):
+                    ds, dp = _row_grads(call, begin + i, part, walk)
+                    s += ds
+                    p += dp
+                _fill(table_of_s, i * runs, (i + 1) * runs, s)
+                _fill(table_of_p, i * runs, (i + 1) * runs, p)
+        usual = uniform and not _grad_formulas(call, count, centre, table_of_s, table_of_p, *table)
+        if usual and quick:
             for i in range(count):
                 before, form = form, lanes_of_each(table, i, like)
                 done = _store_run(
@@ -2841,25 +2933,26 @@ def rows_backward(call, first, last):
                 at += run
             continue
         if quick:
-            _store_rest(call.dx, _dx_of, like, done, begin * r1, dy, x, form)
-            done = (begin + groups) * r1
-        for i in range(groups):
-            at = _origin(axes, begin + i)
-            index, end_of_run = _parameter(axes, at)
-            mean, residual, rstd = _saved(call, begin + i)
-            s, p = load(table_of_s, i * runs), load(table_of_p, i * runs)
-            for _ in range(r0):
-                _apply_grad_stretch(
-                    call, at, at + r1, index, end_of_run, mean, residual, rstd, s, p, later,
-                    streams
-                )  # fmt: skip
-                at += k1 * r1
-                if fixed:
-                    end_of_run += k1 * r1
-                else:
-                    index, end_of_run = _parameter(axes, at)
+            _store_rest(call.dx, _dx_of, like, done, at, dy, x, form)
+            done = at + groups * r1
+        place = at, r1, k1 * r1, r0, none, none, later, streams
+        if r0 == 1:
+            place = at, r1, r1, groups, none, one, later, streams
+        if not usual:
+            _leave_grads(call, begin, groups, runs, table_of_s, table_of_p)
+        elif run:
+            _store_each(call.dx, _dx_of, dy, x, None, None, params, *place, table)
+        else:
+            _store_each(call.dx, _dx_of, dy, x, call.gamma, None, params, *place, table)
     if quick:
         _store_rest(call.dx, _dx_of, like, done, last * r1, dy, x, form)
+
+
+@inline
+def are_few(axes, frozen):
+    """Whether gradients of rows are made by columns, unless they are of float64."""
+    k0, r0, k1, r1, params, span = axes
+    return r1 == params and r1 <= FEW and not frozen
 
 
 @inline
@@ -2963,9 +3056,12 @@ def _row_grad_sums(call, gamma, at, end, index, factor, high, low):
 
 
 @inline
-def _store_row_grads(call, arrays, at, end, start, count, streams, factor, high, low, rstd, s, p):
+def _store_row_grads(
+    call, arrays, at, end, start, count, streams, factor, high, low, rstd, s, p, general
+):  # fmt: skip
     """dx of a row whose first parameter is `start` of `count`, and its share of their gradients;
-    the first parameter of the next row.
+    the first parameter of the next row. -1, and nothing, of a row that takes float64, if that is
+    not `general`.
     """
     x, one = call.x, np.float32(1.0)
     slope, shift = _line(call, s, p, low, rstd)
@@ -2975,10 +3071,14 @@ def _store_row_grads(call, arrays, at, end, start, count, streams, factor, high,
         one, np.float32(high), np.float32(rstd), np.float32(slope), np.float32(shift),
         np.float32(lift),
     )  # fmt: skip
+    if general is None and wide:
+        return -1
     while at < end:
         last = min(end, at + count - start)
         run, what = (at, last, 0, streams), (at - start, call.dy, x, *arrays)
-        if wide:
+        if general is None:
+            _store_lines(call.dx, _dx_and_params_of, lanes(x, one), *run, *what, *narrow)
+        elif wide:
             _store_lines(call.dx, _dx_and_params_of, lanes(x, 0.0), *run, *what, *form)
         else:
             _store_lines(call.dx, _dx_and_params_of, lanes(x, one), *run, *what, *narrow)
@@ -2989,10 +3089,14 @@ def _store_row_grads(call, arrays, at, end, start, count, streams, factor, high,
     return start
 
 
-def rows_backward_params(call, first, last):
+@inline
+def _rows_and_params(call, first, last, general):
     """A task is a chunk of the parameters in a block of `rows` rows: dx, and the block's share of
     dgamma and dbeta, by way of `grads`, which has two lines to spare. Rows of several chunks were
     summed before. Of a single block of at most ROW_BLOCK rows, dgamma and dbeta themselves.
+
+    Unless this is the `general` kernel, rows of few elements are as others, and tasks with one that
+    takes float64 are left.
     """
     every_gamma = _own_param(call, call.gamma, NARROW_GAMMA, scratch_for_halves(call.x, ROW_LIMIT))
     x = call.x
@@ -3005,7 +3109,9 @@ def rows_backward_params(call, first, last):
     dgamma = moved(dgamma, 2 * first * space)
     dbeta = moved(dgamma, space)
     of_s, of_p = scratch(0.0, FEW_BLOCK), scratch(0.0, FEW_BLOCK)
-    few = r1 == params and r1 <= FEW and not (is_float64(x) or call.frozen)
+    few = False
+    if general is not None:
+        few = are_few(call.axes, call.frozen) and not is_float64(x)
     ahead, several = _ahead_of_short_rows(x, call.axes), FEW_BLOCK if few else ROW_BLOCK
     # Halves have twice as many sums a line, which then begin and end within lines.
     streams = significand(x) >= 24 and _streams_rows(call.dx, PASSES_BACKWARD, call.axes, False)
@@ -3022,8 +3128,12 @@ def rows_backward_params(call, first, last):
             _fill(call.sums, share + params, share + params + count, 0.0)
         for begin in range(block * call.rows, end, several):
             stop = min(begin + several, end)
-            if few and _grads_of_few(
-                call, gamma, begin, stop - begin, ahead, of_s, of_p, dgamma, dbeta
+            if (
+                general is not None
+                and few
+                and _grads_of_few(
+                    call, gamma, begin, stop - begin, ahead, of_s, of_p, dgamma, dbeta
+                )
             ):
                 _keep_grads(call, block, skipped, dgamma, dbeta, count)
                 continue
@@ -3044,10 +3154,25 @@ def rows_backward_params(call, first, last):
                     p *= rstd
                 start = _store_row_grads(
                     call, (gamma, dgamma, dbeta), at, at + size, start, count, streams, factor,
-                    high, low, rstd, s, p
+                    high, low, rstd, s, p, general
                 )  # fmt: skip
+                if general is None and start < 0:
+                    break
                 if inside == ROW_BLOCK - 1 or row + 1 == stop:
                     _keep_grads(call, block, skipped, dgamma, dbeta, count)
+            if general is None and start < 0:
+                leave(PARAMS, call, task, task + 1)
+                break
+
+
+def rows_usual_backward_params(call, first, last):
+    """`_rows_and_params` that are usual, not of float64."""
+    _rows_and_params(call, first, last, None)
+
+
+def rows_backward_params(call, first, last):
+    """The same of any rows."""
+    _rows_and_params(call, first, last, True)
 
 
 @elementwise
@@ -3102,19 +3227,22 @@ def _find_window(axes, parts, task):
 
 @inline
 def _window(axes, unit):
-    """What `_slab` gives of the groups in a window, and which of their columns it has: equal shares
-    of 64 columns, which are whole lines in every dtype.
-    """
+    """`_slab_of` a window: equal shares of 64 columns, which are whole lines in every dtype."""
     k0, r0, k1, r1, params, span = axes
     windows = _windows(axes)
     width = ((k1 * r1 + windows - 1) // windows + 63) // 64 * 64
     sample, column = unit // windows, unit % windows * width
-    end = min(column + width, k1 * r1)
-    group = column // r1
-    groups = (end + r1 - 1) // r1 - group
-    first = group * r1
+    return _slab_of(axes, sample, column, min(column + width, k1 * r1))
+
+
+@inline
+def _slab_of(axes, sample, begin, end):
+    """What `_slab` gives of the groups of columns begin..end, and which of theirs those are."""
+    k0, r0, k1, r1, params, span = axes
+    group = begin // r1
+    groups, first = (end + r1 - 1) // r1 - group, group * r1
     slab = sample * k1 + group, groups, first, groups * r1, sample * r0 * k1 * r1 + first
-    return slab, column - first, end - first
+    return slab, begin - first, end - first
 
 
 @inline
@@ -3297,11 +3425,20 @@ def _sum_run(values, first, last):
 
 
 @inline
-def _fold_runs(values, groups, runs):
-    """Sums of groups of `runs` values each, in place."""
+def _fold_to(target, values, groups, runs):
+    """Sums of groups of `runs` values each."""
     if runs > 1:
         for i in range(groups):
-            store(values, i, _sum_run(values, i * runs, (i + 1) * runs))
+            store(target, i, _sum_run(values, i * runs, (i + 1) * runs))
+    else:
+        _copy_from(values, 0, target, groups)
+
+
+@inline
+def _fold_runs(values, groups, runs):
+    """The same in place."""
+    if runs > 1:
+        _fold_to(values, values, groups, runs)
 
 
 @inline
@@ -3363,14 +3500,14 @@ def _total(call, unit, columns, sums):
 
 @reduction
 def _centre_groups(x, groups, mean, residual, rstd, factor, high, low, scaled, wide):
-    """`_centre` for each group, and whether it needs float64; how many do."""
+    """`_centre` for each group, and whether it takes float64 or a factor; how many do."""
     count = 0
     for i in range(groups):
         r = load(rstd, i)
-        extreme = is_float64(x) or _extreme(r)
+        f, h, e, s = _centre(x, load(mean, i), load(residual, i), r)
+        extreme = f != 1.0 if is_float64(x) else _extreme(r)
         count += extreme
         store(wide, i, 1.0 if extreme else 0.0)
-        f, h, e, s = _centre(x, load(mean, i), load(residual, i), r)
         store(factor, i, f)
         store(high, i, h)
         store(low, i, e)
@@ -3428,11 +3565,11 @@ def _multiply(columns, values, by):
 
 
 @reduction
-def _widen(columns, factor, wide, count):
+def _widen(x, columns, factor, wide, count):
     """Let columns with an `_unsafe` factor be computed in float64; how many now are."""
     for j in range(columns):
         before = load(wide, j)
-        now = 1.0 if _unsafe(load(factor, j)) else before
+        now = 1.0 if not is_float64(x) and _unsafe(load(factor, j)) else before
         count += now > before
         store(wide, j, now)
     return count
@@ -3450,15 +3587,14 @@ def _same_type(wide, count, first, columns, end):
 
 
 @inline
-def _prepare_columns(
-    call, slab, streams, mean, residual, rstd, factor, high, scale, shift, wide, narrow
-):
-    """Each column's y = (x*factor - high)*scale + shift, narrow or not; how many need float64."""
+def _column_formulas(call, slab, mean, residual, rstd, factor, high, scale, shift, wide):
+    """The y = (x*factor - high)*scale + shift of every `_step` columns; how many of those take
+    float64 or a factor.
+    """
     low, weight = scratch(0.0, TABLE), scratch(0.0, TABLE)
     axes, r1 = call.axes, call.axes[3]
     _, groups, _, columns, _ = slab
-    most = _most(call.x, axes, streams)
-    step, many = _step(axes), _side_by_side(axes, columns, most)
+    step = _step(axes)
     alike, count = r1 // step, columns // step
     wides = _centre_groups(call.x, groups, mean, residual, rstd, factor, high, low, scale, wide)
     _expand(high, groups, alike)
@@ -3469,17 +3605,16 @@ def _prepare_columns(
     _column_params(axes, slab, step, call.beta, 0.0, shift)
     _multiply(count, scale, weight)
     _fold_affine(count, scale, shift, low)
-    wides = _widen(count, scale, wide, wides * alike)
-    _spread_to(narrow[0], high, count, step, many)
-    _spread_to(narrow[1], scale, count, step, many)
-    _spread_to(narrow[2], shift, count, step, many)
-    if wides:
-        _spread(high, count, step, many)
-        _spread(scale, count, step, many)
-        _spread(shift, count, step, many)
-        _spread(factor, groups, r1, many)
-        _expand(wide, count, step)
-    return wides * step
+    return _widen(call.x, count, scale, wide, wides * alike)
+
+
+@inline
+def _spread_formulas(call, slab, streams, tables, spread):
+    """The numbers of tables for every column, of rows side by side, in the arithmetic type."""
+    columns, step = slab[3], _step(call.axes)
+    many = _side_by_side(call.axes, columns, _most(call.x, call.axes, streams))
+    for i in range(3):
+        _spread_to(spread[i], tables[i], columns // step, step, many)
 
 
 @inline
@@ -3508,24 +3643,34 @@ def _rows_ahead(streams, late, size, stride, to):
 
 @inline  # LLVM would keep `make`, an address of this process
 def _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form):
-    """Let rows row..end, columns begin..stop of a slab, be what `make` gives, by tables `form`."""
+    """Let rows row..end, columns begin..stop of a slab, be what `make` gives, by tables `form`: of
+    rows with the same parameters, which are in them.
+    """
     to, dy, x, gamma, beta = arrays
     k0, r0, k1, r1, params, span = axes
     _, _, _, _, origin = slab
     stride, like = k1 * r1, lanes_in_order(x, form[1])
-    folded = _by_column(axes)
-    # `_streams_columns` is for folded parameters only.
-    many = _side_by_side(axes, stop, _most(x, axes, streams)) if folded and begin == 0 else 1
+    many = _side_by_side(axes, stop, _most(x, axes, streams)) if begin == 0 else 1
     while row < end:
         if row + many > end:
             many = 1
         at = origin + row * stride
         first, last = at + begin, at + (many - 1) * stride + stop
         ahead = _rows_ahead(streams, _late(x, axes), last - first, many * stride, to)
-        if folded:
-            run = first, last, ahead, streams, at, dy, x
-            _store_lines(to, make, like, *run, None, None, 0, *form)
-            first = last
+        _store_lines(to, make, like, first, last, ahead, streams, at, dy, x, None, None, 0, *form)
+        row += many
+
+
+@inline
+def _store_rows_apart(arrays, make, axes, slab, row, end, begin, stop, *form):
+    """The same of rows with parameters of their own."""
+    to, dy, x, gamma, beta = arrays
+    k0, r0, k1, r1, params, span = axes
+    _, _, _, _, origin = slab
+    stride, like = k1 * r1, lanes_in_order(x, form[1])
+    ahead = _rows_ahead(False, _late(x, axes), stop - begin, stride, to)
+    for at in range(origin + row * stride, origin + end * stride, stride):
+        first, last = at + begin, at + stop
         while first < last:
             index, end_of_run = _parameter(axes, first)
             end_of_run = min(last, end_of_run)
@@ -3535,22 +3680,27 @@ def _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form)
             else:
                 _store_lines(to, make, like, *run, load(gamma, index), load(beta, index), 0, *form)
             first = end_of_run
-        row += many
 
 
 @inline
 def _store_slab(
     arrays, make, axes, slab, row, end, streams, begin, last, wide, count, form, narrow
 ):  # fmt: skip
-    """`_store_rows` of columns begin..last by tables: those of float64 where `wide`, of which there
-    are `count`, says so.
+    """Rows row..end, columns begin..last by tables: those of float64 where `wide`, of which `count`
+    are not 0, says so.
     """
     while begin < last:
         stop = _same_type(wide, count, begin, slab[3], last)
-        if count == 0 or load(wide, begin) == 0.0:
-            _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, None, *narrow)
+        rows, columns = (arrays, make, axes, slab, row, end), (begin, stop)
+        if _by_column(axes):
+            if count == 0 or load(wide, begin) == 0.0:
+                _store_rows(*rows, streams, *columns, None, *narrow)
+            else:
+                _store_rows(*rows, streams, *columns, *form)
+        elif count == 0 or load(wide, begin) == 0.0:
+            _store_rows_apart(*rows, *columns, None, *narrow)
         else:
-            _store_rows(arrays, make, axes, slab, row, end, streams, begin, stop, *form)
+            _store_rows_apart(*rows, *columns, *form)
         begin = stop
 
 
@@ -3580,45 +3730,90 @@ def columns_finish(call, first, last):
 
 def columns_apply(call, first, last):
     """y by statistics that are given: a task is a block of rows of a window of columns."""
-    one = np.float32(1.0)
     buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
-    call = _with_params(copied(call), *buffers)
+    call, zero = _with_params(copied(call), *buffers), real(call.x, 0.0)
     mean, residual, rstd = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
-    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
-    scale, lift, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
-    narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
-    streams = _streams_columns(call.y, PASSES_APPLY, call.axes)
-    arrays, form = (call.y, None, call.x, call.gamma, call.beta), (factor, high, scale, lift)
-    r0, parts, ready, count = call.axes[1], call.parts, -1, 0
-    for task in range(first, last):
-        unit, part = _find_window(call.axes, parts, task)
-        slab, begin, end = _window(call.axes, unit)
-        if unit != ready:  # the last task's tables serve the next part, if a row is one window
-            ready = unit
+    factor, wide = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    tables = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
+    spread = scratch(zero, TABLE), scratch(zero, TABLE), scratch(zero, TABLE)
+    arrays, axes, parts = (call.y, None, call.x, call.gamma, call.beta), call.axes, call.parts
+    r0, rest, streams = axes[1], copied(call), _streams_columns(call.y, PASSES_APPLY, axes)
+    uniform, whole, task = _by_column(axes), _windows(axes) == 1, first
+    while task < last:
+        unit, part = _find_window(axes, parts, task)
+        stop = min(parts, part + last - task) if whole else part + 1  # parts that follow each other
+        row, end_row = part * r0 // parts, stop * r0 // parts
+        slab, begin, end = _window(axes, unit)
+        quick = uniform
+        if quick:
             _given_groups(call, slab[0], slab[1], mean, residual, rstd)
-            count = _prepare_columns(
-                call, slab, streams, mean, residual, rstd, factor, high, scale, lift, wide, narrow
-            )
-        rows = part * r0 // parts, (part + 1) * r0 // parts
-        place = call.axes, slab, *rows, streams, begin, end
-        _store_slab(arrays, _y_of, *place, wide, count, form, narrow)
+            quick = not _column_formulas(call, slab, mean, residual, rstd, factor, *tables, wide)
+        if quick:
+            _spread_formulas(call, slab, streams, tables, spread)
+            place = axes, slab, row, end_row, streams, begin, end
+            _store_rows(arrays, _y_of, *place, None, *spread)
+        else:
+            put(rest, "round", row)
+            put(rest, "parts", end_row)
+            column = slab[0] * axes[3] + begin
+            leave(ANY, rest, column, column + end - begin)
+        task += stop - part
+
+
+def columns_apply_any(call, first, last):
+    """The same of any columns in rows round..parts: a task is a column, and all tasks are of one
+    sample and no more than a window.
+    """
+    buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
+    call, zero = _with_params(copied(call), *buffers), real(call.x, 0.0)
+    mean, residual, rstd = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
+    factor, wide = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    tables = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
+    spread = scratch(zero, TABLE), scratch(zero, TABLE), scratch(zero, TABLE)
+    arrays, axes = (call.y, None, call.x, call.gamma, call.beta), call.axes
+    k0, r0, k1, r1, params, span = axes
+    streams = _streams_columns(call.y, PASSES_APPLY, axes)
+    sample, column = first // (k1 * r1), first % (k1 * r1)
+    slab, begin, end = _slab_of(axes, sample, column, column + last - first)
+    _, groups, _, columns, _ = slab
+    _given_groups(call, slab[0], groups, mean, residual, rstd)
+    wides = _column_formulas(call, slab, mean, residual, rstd, factor, *tables, wide)
+    _spread_formulas(call, slab, streams, tables, spread)
+    step = _step(axes)
+    if wides:
+        many = _side_by_side(axes, columns, _most(call.x, axes, streams))
+        for i in range(3):
+            _spread(tables[i], columns // step, step, many)
+        _spread(factor, groups, r1, many)
+        _expand(wide, columns // step, step)
+    _store_slab(
+        arrays, _y_of, axes, slab, call.round, call.parts, streams, begin, end, wide, wides * step,
+        (factor, *tables), spread
+    )  # fmt: skip
+
+
+@plain
+def _leave_columns(call, slab, mean, residual, rstd):
+    """Let y of a slab be given by tables of its moments."""
+    call = _given_moments(copied(call), slab[0], mean, residual, rstd)
+    put(call, "parts", call.axes[1])
+    column = slab[0] * call.axes[3]
+    leave(ANY, call, column, column + slab[3])
 
 
 def columns_forward(call, first, last):
     """Statistics and, if there is a y, the result: a task is a slab of columns."""
-    one = np.float32(1.0)
     buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
-    call = _with_params(copied(call), *buffers)
+    call, zero = _with_params(copied(call), *buffers), real(call.x, 0.0)
     shift, sums, var = scratch(0.0, SLAB), scratch(0.0, PAIRS), scratch(0.0, SLAB)
     mean, residual, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
-    factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
-    scale, lift, wide = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
-    narrow = scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
-    streams = _streams_columns(call.y, _passes(call.axes), call.axes)
-    arrays, form = (call.y, None, call.x, call.gamma, call.beta), (factor, high, scale, lift)
-    rounds = _rounds(call)
+    factor, wide = scratch(0.0, TABLE), scratch(0.0, TABLE)
+    tables = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
+    spread = scratch(zero, TABLE), scratch(zero, TABLE), scratch(zero, TABLE)
+    arrays, axes, none = (call.y, None, call.x, call.gamma, call.beta), call.axes, np.int64(0)
+    streams, rounds = _streams_columns(call.y, _passes(axes), axes), _rounds(call)
     for unit in range(first, last):
-        slab = _slab(call.axes, unit)
+        slab = _slab(axes, unit)
         _, _, _, columns, _ = slab
         for again in range(rounds):
             _column_shift(call, unit, again == 1, mean, shift)
@@ -3630,11 +3825,14 @@ def columns_forward(call, first, last):
             _finish_columns(call, unit, final, shift, sums, mean, residual, var, rstd)
         if not given(call.y):
             continue
-        count = _prepare_columns(
-            call, slab, streams, mean, residual, rstd, factor, high, scale, lift, wide, narrow
-        )
-        place = call.axes, slab, 0, call.axes[1], streams, 0, columns
-        _store_slab(arrays, _y_of, *place, wide, count, form, narrow)
+        if not _by_column(axes) or _column_formulas(
+            call, slab, mean, residual, rstd, factor, *tables, wide
+        ):
+            _leave_columns(call, slab, mean, residual, rstd)
+            continue
+        _spread_formulas(call, slab, streams, tables, spread)
+        place = axes, slab, none, axes[1], streams, none, columns
+        _store_rows(arrays, _y_of, *place, None, *spread)
 
 
 # -------------------------------------------------------------------------------- columns: backward
@@ -3667,8 +3865,8 @@ def _column_grad_sums_of_halves(call, unit, part, zero, factor, high, low, sums,
     _, _, _, columns, _ = _slab(call.axes, unit)
     about, wide = scratch(np.float32(0.0), SLAB), scratch(0.0, PAIR)
     _copy_from(high, 0, about, SLAB)
-    none = np.float32(0.0)
-    _add_column_grads(call, unit, part, none, factor, about, none, sums, to)
+    narrow = np.float32(0.0)
+    _add_column_grads(call, unit, part, narrow, factor, about, narrow, sums, to)
     # Channels that had no gradient at all are common, and products of float16 are never tiny.
     exact = min(significand(call.dy), significand(call.x)) > 8 and _by_column(call.axes)
     least = 0.0 if exact else TINY
@@ -3743,21 +3941,18 @@ def _lines(groups, count, frozen, center, low, rstd, s, p, slope, shift):
 
 
 @inline
-def _prepare_column_grads(
-    call, unit, streams, lows, rstds, rstd, wide, wides, sums, weight, s, p, factor, high, scale,
-    slope, shift, narrow
+def _column_grad_formulas(
+    call, slab, lows, rstds, rstd, wide, wides, weight, s, p, scale, slope, shift
 ):  # fmt: skip
-    """Each column's dx = (dy*scale + (x*factor - high)*slope + shift)*factor, from its sums."""
-    axes, r1, slab = call.axes, call.axes[3], _slab(call.axes, unit)
+    """The scale, slope and shift of dx = (dy*scale + (x*factor - high)*slope + shift)*factor for
+    every `_step` columns, from their sums; how many of those take float64 or a factor.
+    """
+    axes, r1, step = call.axes, call.axes[3], _step(call.axes)
     _, groups, _, columns, _ = slab
-    most = _most(call.x, axes, streams)
-    step, many = _step(axes), _side_by_side(axes, columns, most)
     alike, count = r1 // step, columns // step
     _column_params(axes, slab, step, call.gamma, 1.0, weight)
     _copy_from(rstd, 0, scale, count)
     _multiply(count, scale, weight)
-    _copy_from(sums, 0, s, count)
-    _copy_from(sums, SLAB, p, count)
     _multiply(count, s, weight)
     _multiply(count, p, weight)
     _fold_runs(s, groups, alike)
@@ -3765,20 +3960,8 @@ def _prepare_column_grads(
     _lines(groups, axes[1] * r1, call.frozen, call.center, lows, rstds, s, p, slope, shift)
     _expand(slope, groups, alike)
     _expand(shift, groups, alike)
-    wides = _widen(count, scale, wide, wides)
-    wides = _widen(count, slope, wide, wides)
-    _spread_to(narrow[0], high, columns, 1, many)
-    _spread_to(narrow[1], scale, count, step, many)
-    _spread_to(narrow[2], slope, count, step, many)
-    _spread_to(narrow[3], shift, count, step, many)
-    if wides:
-        _spread(scale, count, step, many)
-        _spread(slope, count, step, many)
-        _spread(shift, count, step, many)
-        _repeat(factor, many, columns)
-        _repeat(high, many, columns)
-        _expand(wide, count, step)
-    return wides * step
+    wides = _widen(call.x, count, scale, wide, wides)
+    return _widen(call.x, count, slope, wide, wides)
 
 
 def columns_grad_sums(call, first, last):
@@ -3795,31 +3978,35 @@ def columns_grad_sums(call, first, last):
         _keep_pair(call, task, sums)
 
 
-def columns_backward(call, first, last):
+@inline
+def _backward_of_columns(call, first, last, general):
     """dx: a task is a slab of columns, from sums to the end, or, of slabs whose parts were summed,
-    a block of rows.
+    a block of rows. Unless this is the `general` kernel, a slab with a column that takes float64 is
+    left.
     """
     call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
-    parts, r0 = call.parts, call.axes[1]
+    axes, parts, zero = call.axes, call.parts, real(call.x, 0.0)
+    k0, r0, k1, r1, params, span = axes
     sums = scratch(0.0, PAIRS)
     factor, high = scratch(0.0, TABLE), scratch(0.0, TABLE)
     low, rstd = scratch(0.0, SLAB), scratch(0.0, SLAB)
     scale, slope, shift = scratch(0.0, TABLE), scratch(0.0, TABLE), scratch(0.0, TABLE)
     weight, s, p = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
     wide, lows, rstds = scratch(0.0, SLAB), scratch(0.0, SLAB), scratch(0.0, SLAB)
-    one = np.float32(1.0)
-    narrow = (
-        scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE), scratch(one, TABLE)
+    spread = (
+        scratch(zero, TABLE), scratch(zero, TABLE), scratch(zero, TABLE), scratch(zero, TABLE)
     )  # fmt: skip
-    step, streams = _step(call.axes), _streams_columns(call.dx, PASSES_BACKWARD, call.axes)
+    arrays, one = (call.dx, call.dy, call.x, call.gamma, None), np.int64(1)
+    step, streams = _step(axes), _streams_columns(call.dx, PASSES_BACKWARD, axes)
     for task in range(first, last):
         unit, part, row, end = task, 0, 0, r0
         if call.of_part:
             unit, part = task // parts, task % parts
             row, end = part * r0 // parts, (part + 1) * r0 // parts
-        slab = _slab(call.axes, unit)
-        columns = slab[3]
-        count = _centre_columns(call, unit, s, p, factor, high, low, rstd, wide, lows, rstds)
+        slab = _slab(axes, unit)
+        _, groups, _, columns, _ = slab
+        many, count = _side_by_side(axes, columns, _most(call.x, axes, streams)), columns // step
+        wides = _centre_columns(call, unit, s, p, factor, high, low, rstd, wide, lows, rstds)
         if not (given(call.sums) or not call.frozen):
             _clear_pair(sums, 0, columns)
         elif call.of_part:
@@ -3829,29 +4016,70 @@ def columns_backward(call, first, last):
                 _column_grad_sums(call, unit, i, factor, high, low, sums, PAIR * min(i, 1))
                 if i:
                     _add_pair(sums, sums, PAIR, SLAB, columns)
-        _fold_pair(sums, columns // step, step)
+        _fold_to(s, sums, count, step)
+        _fold_to(p, moved(sums, SLAB), count, step)
         if given(call.sums) and part == 0:
-            _save_column_sums(call, unit, rstd, sums)
-        count = _prepare_column_grads(
-            call, unit, streams, lows, rstds, rstd, wide, count, sums, weight, s, p, factor, high,
-            scale, slope, shift, narrow
-        )  # fmt: skip
-        arrays = call.dx, call.dy, call.x, call.gamma, None
-        form = factor, high, scale, slope, shift
-        place = call.axes, slab, row, end, streams, 0, columns
-        _store_slab(arrays, _dx_of, *place, wide, count, form, narrow)
+            _save_column_sums(call, unit, rstd, s, p)
+        wides = _column_grad_formulas(
+            call, slab, lows, rstds, rstd, wide, wides, weight, s, p, scale, slope, shift
+        )
+        place = axes, slab, row, end, streams, 0, columns
+        _spread_to(spread[0], high, columns, one, many)
+        _spread_to(spread[1], scale, count, step, many)
+        _spread_to(spread[2], slope, count, step, many)
+        _spread_to(spread[3], shift, count, step, many)
+        if general is None:
+            if wides:
+                _leave_column_grads(call, task, columns, sums)
+            else:
+                _store_rows(arrays, _dx_of, *place, None, *spread)
+        else:
+            if wides:
+                _spread(scale, count, step, many)
+                _spread(slope, count, step, many)
+                _spread(shift, count, step, many)
+                _repeat(factor, many, columns)
+                _repeat(high, many, columns)
+                _expand(wide, count, step)
+            form = factor, high, scale, slope, shift
+            _store_slab(arrays, _dx_of, *place, wide, wides * step, form, spread)
 
 
 @plain
-def _save_column_sums(call, unit, rstd, sums):
+def _leave_column_grads(call, task, columns, sums):
+    """Let dx of a slab, or of a part of it, be given by its sums."""
+    if call.of_part:
+        leave(ANY, call, task, task + 1)
+        return
+    pair, rest = scratch(0.0, PAIR), copied(call)
+    _copy_to(pair, 0, sums, columns)
+    _copy_to(pair, columns, moved(sums, SLAB), columns)
+    put(rest, "partial", moved(pair, -task * _pair_size(call.axes[2], call.axes[3])))
+    put(rest, "parts", np.int64(1))
+    put(rest, "of_part", True)
+    leave(ANY, rest, task, task + 1)
+
+
+def columns_backward(call, first, last):
+    """`_backward_of_columns` that are usual, of rows with the same parameters."""
+    _backward_of_columns(call, first, last, None)
+
+
+def columns_backward_any(call, first, last):
+    """The same of any columns."""
+    _backward_of_columns(call, first, last, True)
+
+
+@plain
+def _save_column_sums(call, unit, rstd, s, p):
     """Sums of dy*xhat and of dy of every `_step` columns: call.sums is (k0, k1*r1/step, 2)."""
     k0, r0, k1, r1, params, span = call.axes
     group, _, first, columns, _ = _slab(call.axes, unit)
     step = _step(call.axes)
     to = (group // k1 * k1 * r1 + first) // step
     for j in range(columns // step):
-        store(call.sums, 2 * (to + j), load(sums, SLAB + j) * load(rstd, j))
-        store(call.sums, 2 * (to + j) + 1, load(sums, j))
+        store(call.sums, 2 * (to + j), load(p, j) * load(rstd, j))
+        store(call.sums, 2 * (to + j) + 1, load(s, j))
 
 
 # -------------------------------------------------------------------- parameter gradients, the rest
@@ -3981,18 +4209,44 @@ class Family(NamedTuple):
     sums: Any  #: of a part, forward
     finish: Any  #: statistics, from those
     apply: Any  #: y of a piece, by statistics that are given
+    apply_any: Any  #: the same of what that, or `forward`, leaves
     forward: Any  #: all of it of one unit: a group, or a slab of columns
     grad_sums: Any  #: of a part, backward
     grads: Any  #: dx of a piece, from those
+    grads_any: Any  #: the same of what that, or `backward`, leaves
     backward: Any  #: all of it of one unit
     otherwise: Any = None  #: that of forward for all that `forward` leaves, or cannot do
 
+    @property
+    def general(self) -> Any:
+        """The kernel of one unit that can do all."""
+        return self.otherwise or self.forward
 
-FORWARD = "sums", "finish", "apply", "forward"
-BACKWARD = "grad_sums", "grads", "backward"
+    @property
+    def left_forward(self) -> tuple[Any, ...]:
+        """What others leave work to: at ANY, EXACT and GENERAL,"""
+        return self.apply_any, exact_moments, self.general
+
+    @property
+    def left_backward(self) -> tuple[Any, ...]:
+        """and at ANY and PARAMS."""
+        return self.grads_any, rows_backward_params
+
+    @property
+    def every_forward(self) -> tuple[Any, ...]:
+        """All that are called with a `Forward`,"""
+        return self.sums, self.finish, self.apply, self.forward, *self.left_forward
+
+    @property
+    def every_backward(self) -> tuple[Any, ...]:
+        """and those with a `Backward`, but for parameters'."""
+        return self.grad_sums, self.grads, self.backward, *self.left_backward
+
+
 ROWS = Family(
-    rows_sums, rows_finish, rows_apply, rows_forward, rows_grad_sums, rows_grads, rows_backward
-)
+    rows_sums, rows_finish, rows_apply, rows_apply_any, rows_forward,
+    rows_grad_sums, rows_grads, rows_grads_any, rows_backward,
+)  # fmt: skip
 #: rows that are whole groups, of at most `FEW` elements with a parameter each, not of float64,
 ROWS_OF_FEW = ROWS._replace(forward=rows_of_few_forward, otherwise=rows_forward)
 #: those of so many that sums take one row at a time,
@@ -4002,8 +4256,8 @@ ALIKE_ROWS = ROWS_OF_FEW._replace(forward=rows_alike_forward)
 #: rows whose parts are of all groups side by side
 ACROSS = ROWS._replace(sums=rows_sums_across, grad_sums=rows_grad_sums_across)
 COLUMNS = Family(
-    columns_sums, columns_finish, columns_apply, columns_forward, columns_grad_sums,
-    columns_backward, columns_backward,
+    columns_sums, columns_finish, columns_apply, columns_apply_any, columns_forward,
+    columns_grad_sums, columns_backward, columns_backward_any, columns_backward,
 )  # fmt: skip
 FAMILIES = ROWS, ROWS_OF_FEW, USUAL_ROWS, ALIKE_ROWS, ACROSS, COLUMNS
 
@@ -4105,37 +4359,44 @@ class Compiled:
 compiled = cache(Compiled)
 
 
-class Link:
-    """Where a kernel finds another that it rarely needs, as a dynamic linker's table has it: the
-    first call is one of Python, which compiles that kernel and puts its address there.
+class Links:
+    """Where a kernel finds others that it rarely needs, as a dynamic linker's table has them: each
+    entry is first a function of Python, which compiles that kernel and puts its address there.
 
     Nothing can be raised through a kernel: what is raised is left for `Pool.run`.
     """
 
-    def __init__(self, *kernel: Any) -> None:
-        self._kernel = kernel
-        self._compiled: Compiled | None = None
-        self._first = _C_KERNEL(self._compile_and_run)
-        self._place = ctypes.cast(self._first, ctypes.c_void_p)
-        self.address = ctypes.addressof(self._place)
+    def __init__(self, *kernels: Any) -> None:
+        places = range(len(kernels))
+        self._kernels = kernels
+        self._first = [_C_KERNEL(partial(self._compile_and_run, place)) for place in places]
+        first = [ctypes.cast(function, ctypes.c_void_p).value for function in self._first]
+        self._table = (ctypes.c_void_p * len(kernels))(*first)
+        self.address = ctypes.addressof(self._table)
 
-    def _compile_and_run(self, call: int, first: int, last: int) -> None:
+    def _compile(self, place: int) -> int:
+        with global_compiler_lock:  # once, if several threads come here together
+            address = compiled(*self._kernels[place]).address
+            self._table[place] = address
+        return address
+
+    def _compile_and_run(self, place: int, call: int, first: int, last: int) -> None:
         try:
-            with global_compiler_lock:  # once, if several threads come here together
-                if self._compiled is None:
-                    self._compiled = compiled(*self._kernel)
-                    self._place.value = self._compiled.address
-            _C_KERNEL(self._compiled.address)(call, first, last)
+            self._compile(place)
+        except BaseException as error:  # if it interrupts, the work is done first, as by a kernel
+            failure[0] = error
+        try:
+            _C_KERNEL(self._compile(place))(call, first, last)
         except BaseException as error:
             failure[0] = error
 
 
-_links: dict[tuple[Any, ...], Link] = {}
+_links: dict[tuple[Any, ...], Links] = {}
 
 
-def link(*kernel: Any) -> Link:
-    """The link to a kernel, of which there is one: others keep but its address."""
-    return _links.get(kernel) or _links.setdefault(kernel, Link(*kernel))
+def links(*kernels: Any) -> Links:
+    """The links to some kernels, of which there is one table: others keep but its address."""
+    return _links.get(kernels) or _links.setdefault(kernels, Links(*kernels))
 
 
 @cache
