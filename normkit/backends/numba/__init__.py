@@ -488,7 +488,7 @@ class Numba(Backend):
             if needs_sums:
                 partial = work.partial()
                 run(family.grad_sums, work.sum_tasks, partial, sums)
-            kernel = family.grads_any if (work.rows and r0 == 1) or apart else family.grads
+            kernel = family.grads_any if r0 == 1 or apart else family.grads
             run(kernel, work.stretches, partial, sums, of_part=True)
         else:
             run(family.grads_any if apart else family.backward, units, None, sums)

@@ -1088,14 +1088,13 @@ Forward = namedtuple(
 )
 #: places of a family's kernels in them: `Family.left_forward`
 ANY, EXACT, GENERAL = range(3)
-#: `of_part`: whether a task of columns_backward is a part of a slab; `links` as above, of
-#: `Family.left_backward`, the second of which is
+#: `of_part`: whether a task of columns_backward is a part of a slab
 Backward = namedtuple(
     "Backward",
     "dy x dx gamma mean residual rstd partial sums grads dgamma dbeta kinds axes links center "
     "frozen of_part parts rows",
 )
-PARAMS = 1
+PARAMS = 1  #: the second place of `Family.left_backward`; the first is ANY, too
 Fold = namedtuple(
     "Fold",
     "sums dgamma dbeta outer tile params inner per_outer per_tile per_param per_inner per_kind",
@@ -1806,7 +1805,7 @@ def _leave_moments(call, group, i, mean, residual, var, rstd):
 
 @inline
 def _given_moments(call, group, mean, residual, rstd):
-    """The same for the result: all that was to enter the moments, or running ones, has."""
+    """`_with_moments` for the result: all that was to enter them, or running ones, has."""
     put(call, "running_mean", nothing_like(call.running_mean))
     put(call, "r", nothing_like(call.r))
     put(call, "parts", np.int64(1))
@@ -2155,7 +2154,7 @@ def _store_each(
     index, hop = (0, 0) if gamma is None else (first % params, stride % params)
     like = lanes(x, real(x, 1.0))
     if streams:
-        ahead = _to_rest(size, to)
+        ahead = _to_rest(size if gamma is None else min(size, params), to)
     for _ in range(count):
         form = lanes_of_each(table, i, like)
         at, end, param = first, first + size, index
@@ -2319,8 +2318,8 @@ def rows_apply(call, first, last):
 
 
 def rows_apply_any(call, first, last):
-    """The same of any stretches, each by itself: those that take float64, or whose parameters are
-    in no order.
+    """The same of any stretches, each by itself: those that take float64 or a factor, or which
+    begin and end within runs that share a parameter.
     """
     buffers = scratch_for_halves(call.x, ROW_LIMIT), scratch_for_halves(call.x, ROW_LIMIT)
     call = _with_params(copied(call), *buffers)
@@ -2831,11 +2830,11 @@ def rows_grad_sums_across(call, first, last):
 
 
 def rows_grads(call, first, last):
-    """dx of groups whose parts were summed: a task is a stretch of memory."""
+    """dx of groups of several stretches, whose parts were summed: a task is a stretch of memory."""
     call = _with_gamma(copied(call), scratch_for_halves(call.x, ROW_LIMIT))
     x, axes = call.x, call.axes
     k0, r0, k1, r1, params, span = axes
-    if r0 > 1 and _run(x, axes, True) >= per_line(x) and k1 <= KNOWN:
+    if _run(x, axes, True) >= per_line(x) and k1 <= KNOWN:
         streams = _streams_rows(call.dx, PASSES_BACKWARD, axes, True)
         _apply_grads_in_order(call, first, last, streams)
     else:
@@ -3796,6 +3795,7 @@ def columns_apply_any(call, first, last):
 def _leave_columns(call, slab, mean, residual, rstd):
     """Let y of a slab be given by tables of its moments."""
     call = _given_moments(copied(call), slab[0], mean, residual, rstd)
+    put(call, "round", np.int64(0))
     put(call, "parts", call.axes[1])
     column = slab[0] * call.axes[3]
     leave(ANY, call, column, column + slab[3])
@@ -4213,7 +4213,7 @@ class Family(NamedTuple):
     forward: Any  #: all of it of one unit: a group, or a slab of columns
     grad_sums: Any  #: of a part, backward
     grads: Any  #: dx of a piece, from those
-    grads_any: Any  #: the same of what that, or `backward`, leaves
+    grads_any: Any  #: the same of what that, or `backward`, leaves or cannot do
     backward: Any  #: all of it of one unit
     otherwise: Any = None  #: that of forward for all that `forward` leaves, or cannot do
 
@@ -4363,7 +4363,8 @@ class Links:
     """Where a kernel finds others that it rarely needs, as a dynamic linker's table has them: each
     entry is first a function of Python, which compiles that kernel and puts its address there.
 
-    Nothing can be raised through a kernel: what is raised is left for `Pool.run`.
+    Nothing can be raised through a kernel: what is raised is left for `Pool.run`. (But for an
+    interrupt that Python meets just as it enters the function, and drops.)
     """
 
     def __init__(self, *kernels: Any) -> None:
@@ -4383,7 +4384,7 @@ class Links:
     def _compile_and_run(self, place: int, call: int, first: int, last: int) -> None:
         try:
             self._compile(place)
-        except BaseException as error:  # if it interrupts, the work is done first, as by a kernel
+        except BaseException as error:  # and tried once more: an interrupt comes after the work
             failure[0] = error
         try:
             _C_KERNEL(self._compile(place))(call, first, last)
